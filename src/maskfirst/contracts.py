@@ -1,0 +1,120 @@
+"""The contracts of the parts: what a trunk, backbone, proposer, namer, criterion and data set promise.
+
+All are abstract; an implementation is final and is built from a recipe by its constructor's arguments.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from maskfirst.frames import Size
+from maskfirst.types import Batch, Names, Proposals, Sample, Segments, Vocabulary
+
+
+class Trunk(nn.Module, ABC):
+    """A plain ViT, opened block by block. Given RGB 0..255, it normalises for itself."""
+
+    width: int
+    depth: int
+    patch: int
+    mean: tuple[float, float, float]
+
+    @abstractmethod
+    def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
+        """Tokens, row by row, of the picture zero-padded to whole patches, and their grid (h, w)."""
+
+    @abstractmethod
+    def block(self, index: int, tokens: Float[Tensor, "B N D"], grid: Size) -> Float[Tensor, "B N D"]:
+        """Block `index` (0..depth-1) applied."""
+
+    @abstractmethod
+    def norm(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """The norm after the last block."""
+
+
+class Backbone(nn.Module, ABC):
+    """Maps of a picture. Given RGB 0..255, it normalises for itself.
+
+    `channels` and `strides` (px) describe the maps in the order they come; `mean` is the RGB that it normalises to 0.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    mean: tuple[float, float, float]
+    multiple: int
+    """Sizes that this divides need no padding inside."""
+
+    @abstractmethod
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _c _h _w"]]:
+        """One map a tap."""
+
+
+class Proposer(nn.Module, ABC):
+    """Finds masks."""
+
+    example: ClassVar[Mapping[str, Any]]
+    """The smallest recipe that builds one, its `kind` included; tests and docs use it."""
+    width: int | None
+    """D of its queries; None where it gives none."""
+    tasks: frozenset[str]
+    mean: tuple[float, float, float]
+    """RGB 0..255 of padding that its network takes for nothing."""
+    multiple: int
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Proposals:
+        """The proposals; with `earlier` ones where the batch has truth."""
+
+    def at(self, progress: float) -> None:
+        """Told the share of training done, 0..1, before every step."""
+
+    def extra_loss(self, proposals: Proposals, batch: Batch) -> dict[str, Tensor]:
+        """Losses of the method's own, by name."""
+        return {}
+
+
+class Namer(nn.Module, ABC):
+    """Names the masks it is given, from their queries, the image, or both."""
+
+    example: ClassVar[Mapping[str, Any]]
+
+    @abstractmethod
+    def forward(self, proposals: Proposals, batch: Batch) -> Names:
+        """One row of logits a proposal."""
+
+
+class Criterion(nn.Module, ABC):
+    """How truth meets proposals."""
+
+    example: ClassVar[Mapping[str, Any]]
+
+    @abstractmethod
+    def forward(self, proposals: Proposals, names: Names, truth: Sequence[Segments]) -> dict[str, Float[Tensor, ""]]:
+        """Weighted losses by name; their plain sum is the loss. `earlier` proposals are the caller's to pass one by one."""
+
+
+class Dataset(ABC):
+    """Pictures with truth, by index. `len`, and samples that are the same at every call."""
+
+    vocabulary: Vocabulary
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, whole and not augmented. Raises data.images.ImageError naming the file where it cannot be read."""
+
+    @abstractmethod
+    def keys(self) -> Sequence[str]:
+        """The keys of all samples in order, without reading them."""
+
+
+class Augmentation(ABC):
+    """A random change of a sample, drawn from torch's global random state."""
+
+    @abstractmethod
+    def __call__(self, sample: Sample) -> Sample: ...

@@ -1,0 +1,14 @@
+"""UserError: a mistake its user can put right, told in one line that names the place and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Printed by the command line as one line on stderr, with exit code 2; never with a traceback."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest of `known`, or nothing where none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

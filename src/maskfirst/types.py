@@ -1,0 +1,193 @@
+"""The types that travel between the parts, and the letters for their axes.
+
+B images, Q proposals, K names, N segments, D query width; H W pixels, h w mask grid. Coordinates are (y, x).
+Classes are indices 0..K-1 into a Vocabulary; VOID marks a pixel without a class.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
+from torch import Tensor
+
+from maskfirst.frames import Frame
+
+VOID = -1
+TASKS = ("semantic", "instance", "panoptic")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The names a model can give. The order of `names` is the class index, everywhere.
+
+    `things`: indices of countable classes. `colors`: (r, g, b) 0..255, one a name. `ids`: the data set's own numbers.
+    """
+
+    names: tuple[str, ...]
+    things: frozenset[int]
+    colors: tuple[tuple[int, int, int], ...]
+    ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("a vocabulary needs at least one name")
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"names occur twice in the vocabulary: {', '.join(twice)}")
+        if not len(self.names) == len(self.colors) == len(self.ids):
+            raise ValueError(f"{len(self.names)} names, {len(self.colors)} colors and {len(self.ids)} ids; they must match")
+        if any(not 0 <= thing < len(self.names) for thing in self.things):
+            raise ValueError(f"things {sorted(self.things)} must be indices of the {len(self.names)} names")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The segments of one picture, truth and answer alike. Truth has score 1; only truth has crowds."""
+
+    masks: Bool[Tensor, "N H W"]
+    classes: Int64[Tensor, " N"]
+    scores: Float[Tensor, " N"]
+    crowd: Bool[Tensor, " N"]
+
+    @classmethod
+    def from_label_map(cls, labels: Int[Tensor, "H W"]) -> "Segments":
+        """One segment a class that occurs in `labels` (values 0..K-1, VOID for none), in the order of the classes."""
+        classes = torch.unique(labels)
+        classes = classes[classes != VOID].long()
+        masks = labels[None] == classes.to(labels.dtype)[:, None, None]
+        return cls(masks, classes, torch.ones(len(classes)), torch.zeros(len(classes), dtype=torch.bool))
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, keep: Tensor | slice) -> "Segments":
+        return Segments(self.masks[keep], self.classes[keep], self.scores[keep], self.crowd[keep])
+
+    def to(self, device: torch.device | str) -> "Segments":
+        return Segments(*(t.to(device) for t in (self.masks, self.classes, self.scores, self.crowd)))
+
+    def label_map(self) -> Int64[Tensor, "H W"]:
+        """The class of every pixel, VOID where no segment lies; where segments overlap the later one wins."""
+        labels = torch.full(self.masks.shape[-2:], VOID, dtype=torch.int64, device=self.masks.device)
+        for mask, index in zip(self.masks, self.classes, strict=True):
+            labels[mask] = index
+        return labels
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture with its truth as a data set yields it.
+
+    `image` RGB 0..255. `ids` index the N segments, VOID for no segment; L layers, as segments of one layer cannot
+    overlap (L = 1 for all but overlapping instances). `classes` and `crowd` describe the segments. `key` names the picture.
+    """
+
+    image: UInt8[Tensor, "3 H W"]
+    ids: Int32[Tensor, "L H W"]
+    classes: Int64[Tensor, " N"]
+    crowd: Bool[Tensor, " N"]
+    key: str
+
+    @property
+    def truth(self) -> Segments:
+        """The segments opened into masks; those without a pixel left are dropped."""
+        segments = torch.arange(len(self.classes), dtype=torch.int32, device=self.ids.device)
+        masks = (self.ids[None] == segments[:, None, None, None]).any(1)
+        opened = Segments(masks, self.classes, torch.ones(len(self.classes)), self.crowd)
+        return opened[masks.flatten(1).any(1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """What the proposals are called: logits over K names and, last, no object."""
+
+    logits: Float[Tensor, "B Q K+1"]
+
+    @property
+    def joint(self) -> Float[Tensor, "B Q K"]:
+        """P(an object, and this name)."""
+        return self.logits.softmax(-1)[..., :-1]
+
+    @property
+    def given_object(self) -> Float[Tensor, "B Q K"]:
+        """P(this name, if it is an object)."""
+        return self.logits[..., :-1].softmax(-1)
+
+    @property
+    def void(self) -> Float[Tensor, "B Q"]:
+        """P(no object)."""
+        return self.logits.softmax(-1)[..., -1]
+
+    @classmethod
+    def compose(cls, given_object: Float[Tensor, "B Q K"], void: Float[Tensor, "B Q"]) -> "Names":
+        """The names with these views: the exact inverse of `given_object` and `void`."""
+        return cls(torch.cat([given_object.log() + torch.log1p(-void)[..., None], void.log()[..., None]], -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """Masks before they have names.
+
+    `masks`: logits on the mask grid, over the whole canvas. `competing`: a softmax over Q shares every pixel out (a
+    per-pixel classifier); otherwise each mask stands alone and is above 0 inside. `resolution`: size in px at which the
+    masks are read out, None for the canvas's. `queries`: what a namer may read. `names`: set where masks arrive named.
+    `earlier`: shallower guesses, made only when truth is at hand, each with its `weight` in the loss.
+    `extras`: tensors for the method's own loss.
+    """
+
+    masks: Float[Tensor, "B Q h w"]
+    competing: bool = False
+    resolution: tuple[int, int] | None = None
+    queries: Float[Tensor, "B Q D"] | None = None
+    names: Names | None = None
+    earlier: tuple["Proposals", ...] = ()
+    weight: float = 1.0
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a network is given. `pixels`: RGB 0..255, not normalised; `tasks`, `frames`, `keys`: one a picture.
+
+    `truth` lies on the canvas (H, W). `points`: (y, x) px on the canvas, for namers that ask for points.
+    """
+
+    pixels: Float[Tensor, "B 3 H W"]
+    tasks: tuple[str, ...]
+    frames: tuple[Frame, ...]
+    keys: tuple[str, ...]
+    truth: tuple[Segments, ...] | None = None
+    points: Float[Tensor, "B P 2"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(
+            self.pixels.to(device),
+            self.tasks,
+            self.frames,
+            self.keys,
+            None if self.truth is None else tuple(segments.to(device) for segments in self.truth),
+            None if self.points is None else self.points.to(device),
+        )
+
+
+def collate(samples: Sequence[Sample], task: str) -> Batch:
+    """Samples of one size as a batch with truth, every canvas being the sample itself."""
+    sizes = {tuple(sample.image.shape[-2:]) for sample in samples}
+    if len(sizes) != 1:
+        raise ValueError(f"samples of one batch must have one size, got {sorted(sizes)}; let the augmentation crop")
+    size = sizes.pop()
+    frame = Frame((size[0], size[1]), (size[0], size[1]), (size[0], size[1]))
+    return Batch(
+        torch.stack([sample.image for sample in samples]).float(),
+        (task,) * len(samples),
+        (frame,) * len(samples),
+        tuple(sample.key for sample in samples),
+        tuple(sample.truth for sample in samples),
+    )
