@@ -31,6 +31,12 @@ class Trunk(nn.Module, ABC):
         """Block `index` (0..depth-1) applied."""
 
     @abstractmethod
+    def shrink_block(
+        self, index: int, queries: Float[Tensor, "B M D"], tokens: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B M D"]:
+        """Block `index` applied to `queries`, which attend to all `tokens`; without new parameters."""
+
+    @abstractmethod
     def norm(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """The norm after the last block."""
 
@@ -60,6 +66,9 @@ class Proposer(nn.Module, ABC):
     width: int | None
     """D of its queries; None where it gives none."""
     tasks: frozenset[str]
+    """Of this instance; asking it for another is a sentence, not a NaN."""
+    uses_truth: ClassVar[bool] = False
+    """Whether `batch.truth` must be set for it to work at all (the oracle)."""
     mean: tuple[float, float, float]
     """RGB 0..255 of padding that its network takes for nothing."""
     multiple: int
@@ -80,6 +89,7 @@ class Namer(nn.Module, ABC):
     """Names the masks it is given, from their queries, the image, or both."""
 
     example: ClassVar[Mapping[str, Any]]
+    uses_truth: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
@@ -118,3 +128,18 @@ class Augmentation(ABC):
 
     @abstractmethod
     def __call__(self, sample: Sample) -> Sample: ...
+
+
+class Resizable(ABC):
+    """A module with parameters that can be carried over from another size."""
+
+    @abstractmethod
+    def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
+        """`tensor` (found under this module's parameter `name`) in that parameter's shape, or None."""
+
+
+class PerClass(ABC):
+    """A module with parameters that hold one row a class."""
+
+    class_rows: ClassVar[Mapping[str, bool]]
+    """Parameter name -> True where one more row, for no object, follows the K rows."""

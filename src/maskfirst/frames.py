@@ -38,7 +38,11 @@ class Fit:
         """The size for a picture of size `original`, with the limits multiplied by `scale`."""
         height, width = original
         if self.long is None and self.short is None and self.least is None:
-            return (height, width) if scale == 1.0 else (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+            return (
+                (height, width)
+                if scale == 1.0
+                else (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+            )
         long = None if self.long is None else int(self.long * scale)
         short = None if self.short is None else int(self.short * scale)
         if self.least is not None:
@@ -110,7 +114,9 @@ class Frame:
         canvas[:, :height, :width] = part
         return canvas
 
-    def apply(self, image: Shaped[Tensor, "C H W"], fill: Sequence[float] = (0.0, 0.0, 0.0)) -> Float[Tensor, "C H2 W2"]:
+    def apply(
+        self, image: Shaped[Tensor, "C H W"], fill: Sequence[float] = (0.0, 0.0, 0.0)
+    ) -> Float[Tensor, "C H2 W2"]:
         """The canvas of a picture, float, in the picture's own value range."""
         return self.cut(self.resized(image), fill)
 
@@ -122,6 +128,8 @@ class Frame:
     def restore(self, maps: Float[Tensor, "*N h w"]) -> Float[Tensor, "*N H W"]:
         """Maps over the whole canvas brought back to the original picture. Frames that show all of it only."""
         if self.origin != (0, 0) or self.visible != self.inner:
-            raise ValueError(f"a window of {self.outer} px at {self.origin} cannot be restored alone; stitch its row first")
+            raise ValueError(
+                f"a window of {self.outer} px at {self.origin} cannot be restored alone; stitch its row first"
+            )
         maps = self.trim(maps)
         return resize(maps.flip(-1) if self.flipped else maps, self.original)

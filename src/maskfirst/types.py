@@ -36,7 +36,9 @@ class Vocabulary:
         if twice:
             raise ValueError(f"names occur twice in the vocabulary: {', '.join(twice)}")
         if not len(self.names) == len(self.colors) == len(self.ids):
-            raise ValueError(f"{len(self.names)} names, {len(self.colors)} colors and {len(self.ids)} ids; they must match")
+            raise ValueError(
+                f"{len(self.names)} names, {len(self.colors)} colors and {len(self.ids)} ids; they must match"
+            )
         if any(not 0 <= thing < len(self.names) for thing in self.things):
             raise ValueError(f"things {sorted(self.things)} must be indices of the {len(self.names)} names")
 

@@ -1,0 +1,1 @@
+"""Trunks (plain ViTs) and backbones (maps for mask proposers)."""

@@ -1,0 +1,1 @@
+"""Namers: what says what a mask is."""

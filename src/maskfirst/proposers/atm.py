@@ -1,0 +1,352 @@
+"""Attention-to-Mask: the similarity of class tokens to the picture's tokens, before its softmax, is the mask.
+
+Zhang et al., "SegViT: Semantic Segmentation with Plain Vision Transformers", NeurIPS 2022.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskfirst.contracts import Backbone, PerClass, Proposer, Resizable
+from maskfirst.frames import Size, resize
+from maskfirst.types import Batch, Proposals, Vocabulary
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate projections; its probabilities are dropped out in training."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by {heads} heads")
+        self.heads = heads
+        self.dropout = dropout
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def _split(self, queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pairs = ((self.q, queries), (self.k, memory), (self.v, memory))
+        q, k, v = (linear(source).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear, source in pairs)
+        return q, k, v
+
+    def forward(self, queries: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"]) -> Float[Tensor, "B Q D"]:
+        q, k, v = self._split(queries, memory)
+        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(seen.transpose(1, 2).flatten(2))
+
+    def with_similarity(
+        self, queries: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q N"]]:
+        """What the queries saw, and their scaled similarity to the memory before the softmax, averaged over heads."""
+        q, k, v = self._split(queries, memory)
+        similarity = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        shares = F.dropout(similarity.softmax(-1), self.dropout, self.training)
+        return self.proj((shares @ v).transpose(1, 2).flatten(2)), similarity.mean(1)
+
+
+class DecoderLayer(nn.Module):
+    """A post-norm transformer decoder layer: self-attention, cross-attention, ReLU FFN of width 4D; LayerNorm eps 1e-5."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = Attention(width, heads, dropout)
+        self.cross_attention = Attention(width, heads, dropout)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def _exchange(self, tokens: Tensor) -> Tensor:
+        return self.norm1(tokens + self.dropout(self.self_attention(tokens, tokens)))
+
+    def _update(self, tokens: Tensor, seen: Tensor) -> Tensor:
+        tokens = self.norm2(tokens + self.dropout(seen))
+        hidden = self.dropout(self.expand(tokens).relu())
+        return self.norm3(tokens + self.dropout(self.contract(hidden)))
+
+    def forward(self, tokens: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"]) -> Float[Tensor, "B Q D"]:
+        tokens = self._exchange(tokens)
+        return self._update(tokens, self.cross_attention(tokens, memory))
+
+    def with_similarity(
+        self, tokens: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q N"]]:
+        """The tokens after the layer, and the masks: how alike tokens and memory were in its cross-attention."""
+        tokens = self._exchange(tokens)
+        seen, similarity = self.cross_attention.with_similarity(tokens, memory)
+        return self._update(tokens, seen), similarity
+
+
+class Entrance(nn.Module):
+    """One tap of the backbone brought to the head's width and normed."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N D"]:
+        return self.norm(self.proj(maps.flatten(2).transpose(1, 2)))
+
+
+def _initialise(head: nn.Module) -> None:
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)
+            nn.init.zeros_(module.bias)
+
+
+def decoder(layers: int, width: int, heads: int, dropout: float) -> nn.ModuleList:
+    """A stack of decoder layers initialised as SegViT's.
+
+    Linears are truncated normal, std 0.02; the packed input projections of the self-attention are Xavier-uniform and
+    the same in every layer, since the original's layers start as copies of one.
+    """
+    stack = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
+    _initialise(stack)
+    packed = nn.init.xavier_uniform_(torch.empty(3 * width, width, device="cpu"))
+    for layer in stack:
+        attention = layer.self_attention
+        for linear, weight in zip((attention.q, attention.k, attention.v), packed.chunk(3), strict=True):
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+    return stack
+
+
+class Queries(nn.Module, PerClass):
+    """The learned class tokens (K, D): query c stands for class c."""
+
+    class_rows: ClassVar[Mapping[str, bool]] = {"weight": False}
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(count, width))
+
+
+class FreeQueries(nn.Module):
+    """Learned tokens (Q, D) that stand for no class in particular."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(count, width))
+
+
+class GridQueries(nn.Module, Resizable):
+    """One learned token a place of a square grid (SegViT's query-up); this is all the position there is."""
+
+    def __init__(self, side: int, width: int) -> None:
+        super().__init__()
+        self.side = side
+        self.weight = nn.Parameter(torch.randn(side * side, width))
+
+    def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Tables of other square grids are resized bilinearly."""
+        side = int(tensor.shape[0] ** 0.5)
+        if (
+            name != "weight"
+            or tensor.ndim != 2
+            or side * side != tensor.shape[0]
+            or tensor.shape[1] != self.weight.shape[1]
+        ):
+            return None
+        maps = tensor.float().T.unflatten(1, (side, side))
+        return resize(maps, (self.side, self.side)).flatten(1).T.to(tensor.dtype)
+
+
+def _class_tokens(queries: int | None, vocabulary: Vocabulary, width: int) -> Queries | FreeQueries:
+    return Queries(len(vocabulary), width) if queries is None else FreeQueries(queries, width)
+
+
+def _tasks(queries: int | None) -> frozenset[str]:
+    # A query that stands for its class finds one mask a class, which is no instance.
+    return frozenset({"semantic"}) if queries is None else frozenset({"semantic", "instance", "panoptic"})
+
+
+ReadOut = Literal["size", "canvas"]
+
+
+class ATM(Proposer):
+    """SegViT's cascade: class tokens visit the backbone's taps, deepest first, and their similarities add up to masks.
+
+    `queries` None: query c stands for class c (criterion `fixed`, as published); a number: free queries for criterion
+    `set`. `read_out`: masks are enlarged to the recipe's `size` whatever the canvas, as published, or to the canvas.
+    """
+
+    example: ClassVar[Mapping[str, Any]] = {
+        "kind": "atm",
+        "backbone": {
+            "kind": "taps",
+            "depths": [0, 1],
+            "trunk": {"kind": "vit", "model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "heads": 2},
+        },
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+    }
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        vocabulary: Vocabulary,
+        size: tuple[int, int],
+        width: int = 384,
+        heads: int = 12,
+        layers: int = 3,
+        queries: int | None = None,
+        dropout: float = 0.1,
+        read_out: ReadOut = "size",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.queries = _class_tokens(queries, vocabulary, width)
+        stages = len(backbone.channels)
+        self.entrances = nn.ModuleList(Entrance(channels, width) for channels in reversed(backbone.channels))
+        _initialise(self.entrances)
+        self.decoders = nn.ModuleList(decoder(layers, width, heads, dropout) for _ in range(stages))
+        self.width = width
+        self.tasks = _tasks(queries)
+        self.mean = backbone.mean
+        self.multiple = backbone.multiple
+        self.resolution: Size | None = size if read_out == "size" else None
+
+    def forward(self, batch: Batch) -> Proposals:
+        maps = self.backbone(batch.pixels)
+        tokens = self.queries.weight.expand(len(batch), -1, -1)
+        masks: Tensor | None = None
+        stages: list[Proposals] = []
+        for tap, entrance, layers in zip(reversed(maps), self.entrances, self.decoders, strict=True):
+            tokens, similarity = _attend(layers, tokens, entrance(tap))
+            grid = (tap.shape[-2], tap.shape[-1])
+            similarity = similarity.unflatten(2, grid)
+            masks = similarity if masks is None else resize(masks, grid) + similarity
+            stages.append(Proposals(masks, queries=tokens))
+        return _last(stages, batch, self.resolution)
+
+
+def _attend(layers: Sequence[nn.Module], tokens: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens after all layers, and the similarity in the last one."""
+    *first, last = layers
+    for layer in first:
+        tokens = layer(tokens, memory)
+    return last.with_similarity(tokens, memory)  # type: ignore[operator]
+
+
+def _last(guesses: list[Proposals], batch: Batch, resolution: Size | None) -> Proposals:
+    """The last guess as the answer; the others ride along where there is truth to compare them with."""
+    *earlier, last = guesses
+    kept = tuple(earlier) if batch.truth is not None else ()
+    return Proposals(last.masks, resolution=resolution, queries=last.queries, earlier=kept)
+
+
+class SingleATM(Proposer):
+    """Many masks from one memory: every layer of every decoder gives its own, and the last one counts.
+
+    With several taps the memory is the sum of all, each projected and normed.
+    """
+
+    example: ClassVar[Mapping[str, Any]] = {**ATM.example, "kind": "atm_single"}
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        vocabulary: Vocabulary,
+        size: tuple[int, int],
+        width: int = 384,
+        heads: int = 12,
+        layers: int = 3,
+        queries: int | None = None,
+        dropout: float = 0.1,
+        read_out: ReadOut = "size",
+    ) -> None:
+        super().__init__()
+        if len(set(backbone.strides)) > 1:
+            raise ValueError(f"atm_single sums its taps, which must share one stride; got {list(backbone.strides)}")
+        self.backbone = backbone
+        self.queries = _class_tokens(queries, vocabulary, width)
+        self.entrances = nn.ModuleList(Entrance(channels, width) for channels in backbone.channels)
+        _initialise(self.entrances)
+        self.decoders = nn.ModuleList(decoder(layers, width, heads, dropout) for _ in backbone.channels)
+        self.width = width
+        self.tasks = _tasks(queries)
+        self.mean = backbone.mean
+        self.multiple = backbone.multiple
+        self.resolution: Size | None = size if read_out == "size" else None
+
+    def forward(self, batch: Batch) -> Proposals:
+        maps = self.backbone(batch.pixels)
+        grid = (maps[-1].shape[-2], maps[-1].shape[-1])
+        memory = torch.stack([entrance(tap) for entrance, tap in zip(self.entrances, maps, strict=True)]).sum(0)
+        tokens = self.queries.weight.expand(len(batch), -1, -1)
+        guesses = []
+        for layers in self.decoders:
+            tokens = _guess(layers, tokens, memory, grid, guesses)
+        return _last(guesses, batch, self.resolution)
+
+
+def _guess(layers: nn.Module, tokens: Tensor, memory: Tensor, grid: Size, guesses: list[Proposals]) -> Tensor:
+    """Runs the layers, adds a guess for each to `guesses`, and returns the tokens after the last."""
+    for layer in layers.children():
+        tokens, similarity = layer.with_similarity(tokens, memory)  # type: ignore[operator]
+        guesses.append(Proposals(similarity.unflatten(2, grid), queries=tokens))
+    return tokens
+
+
+class ShrunkATM(Proposer):
+    """SegViT-Shrunk: learned tokens, one a place, collect what the shrunk backbone kept, and ATM reads them (query-up).
+
+    The masks' grid is `size`/patch whatever the canvas, as the tokens are bound to it.
+    """
+
+    example: ClassVar[Mapping[str, Any]] = {
+        **ATM.example,
+        "kind": "atm_shrunk",
+        "backbone": {**ATM.example["backbone"], "kind": "shrunk_taps", "shrink": 1},
+    }
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        vocabulary: Vocabulary,
+        size: tuple[int, int],
+        width: int = 512,
+        heads: int = 16,
+        layers: int = 3,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if size[0] != size[1]:
+            raise ValueError(
+                f"atm_shrunk needs a square size, got {size[0]}x{size[1]}: its tokens lie on a square grid"
+            )
+        self.backbone = backbone
+        self.grid_queries = GridQueries(size[0] // backbone.multiple, width)
+        self.entrances = nn.ModuleList(Entrance(channels, width) for channels in backbone.channels)
+        _initialise(self.entrances)
+        self.decoders = nn.ModuleList(decoder(layers, width, heads, dropout) for _ in backbone.channels)
+        self.queries = Queries(len(vocabulary), width)
+        self.masks = decoder(layers, width, heads, dropout)
+        self.width = width
+        self.tasks = _tasks(None)
+        self.mean = backbone.mean
+        self.multiple = backbone.multiple
+        self.resolution: Size = size
+
+    def forward(self, batch: Batch) -> Proposals:
+        maps = self.backbone(batch.pixels)
+        places = self.grid_queries.weight.expand(len(batch), -1, -1)
+        for tap, entrance, layers in zip(maps, self.entrances, self.decoders, strict=True):
+            memory = entrance(tap)
+            for layer in layers.children():
+                places = layer(places, memory)
+        guesses: list[Proposals] = []
+        side = self.grid_queries.side
+        _guess(self.masks, self.queries.weight.expand(len(batch), -1, -1), places, (side, side), guesses)
+        return _last(guesses, batch, self.resolution)
