@@ -1,0 +1,181 @@
+"""Pictures and label maps from untrusted files: sizes are checked before decoding, mistakes are named.
+
+The formats are few on purpose; each file is opened by the decoder that its first bytes ask for and by no other.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Integer, UInt8
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from torch import Tensor
+
+from maskfirst.errors import UserError
+
+PIXELS = 178_000_000
+"""The most pixels a picture may have."""
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+
+T = TypeVar("T")
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(UserError):
+    """A picture or label map that cannot be read; the message names the file and what is wrong with it."""
+
+
+def read_image(path: Path | str, limit: int = PIXELS) -> UInt8[Tensor, "3 H W"]:
+    """A picture as RGB 0..255, upright by its EXIF orientation; the first one of an animation.
+
+    Grey, 1-bit, palette, 16-bit and CMYK are converted, alpha is dropped. `limit`: the most pixels.
+    Raises ImageError.
+    """
+    return _read(Path(path), limit, _rgb)
+
+
+def read_label_map(path: Path | str, colors: bool = False, limit: int = PIXELS) -> Integer[np.ndarray, "H W"]:
+    """The numbers that a label map holds: 8-bit or 16-bit grey, 1-bit, or the indices (not the colours) of a palette.
+
+    With `colors`, the colours instead, packed as r * 65536 + g * 256 + b. `limit`: the most pixels. Raises ImageError.
+    """
+    return _read(Path(path), limit, _packed if colors else _indices)
+
+
+def _read(path: Path, limit: int, convert: Callable[[Image.Image, bytes], T]) -> T:
+    """`convert` of the upright picture and the first bytes of its file."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(32)
+            file.seek(0)
+            image = _opened(file, head)
+            width, height = image.size
+            if width * height > limit:
+                raise _UnfitError(
+                    f"{width} x {height} px, more than the limit of {limit / 1e6:.4g} million; not decoded"
+                )
+            _load(image)
+            return convert(_upright(image), head)
+    except _UnfitError as error:
+        raise ImageError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file") from error
+    except MemoryError as error:
+        raise ImageError(f"{path}: not enough memory to decode it") from error
+    except Exception as error:
+        # Only Pillow ran, on bytes that anyone may have written: whatever it raises speaks of the file.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise ImageError(f"{path}: broken or cut short: {reason}") from error
+
+
+class _UnfitError(ValueError):
+    """A picture of a kind that is not taken."""
+
+
+def _opened(file: BinaryIO, head: bytes) -> Image.Image:
+    """The picture with its header read, without its pixels.
+
+    `Image.open` is not used, as it warns about large pictures by a limit that is the whole process's.
+    """
+    if not head:
+        raise _UnfitError("the file is empty (0 bytes)")
+    if head.startswith(JPEG):
+        return JpegImagePlugin.JpegImageFile(file)
+    if head.startswith(PNG):
+        return PngImagePlugin.PngImageFile(file)
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return WebPImagePlugin.WebPImageFile(file)
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return TiffImagePlugin.TiffImageFile(file)
+    if head.startswith(b"BM"):
+        return BmpImagePlugin.BmpImageFile(file)
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return GifImagePlugin.GifImageFile(file)
+    raise _UnfitError("not a JPEG, PNG, WebP, TIFF, BMP or GIF file")
+
+
+def _load(image: Image.Image) -> None:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        image.load()
+        return
+    with warnings.catch_warnings():
+        # This decoder alone warns by Pillow's own limit. The others do without, as the filters are all threads'.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image.load()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        # A broken EXIF block says nothing about the pixels.
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image, head: bytes) -> UInt8[Tensor, "3 H W"]:
+    if image.mode.startswith("I;16"):
+        # The high byte, which is also what the decoders keep of 16-bit RGB.
+        return torch.from_numpy((_grey16(image) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
+    if image.mode in ("I", "F"):
+        raise _UnfitError(f"pixels of 32 bits ({'integers' if image.mode == 'I' else 'floats'}); save it with 8 or 16")
+    if image.mode == "P" and "transparency" in image.info:
+        # By way of RGBA, or Pillow warns that it is about to drop the transparency.
+        image = image.convert("RGBA")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def _indices(image: Image.Image, head: bytes) -> Integer[np.ndarray, "H W"]:
+    if head.startswith(JPEG):
+        raise _UnfitError("a JPEG, which blurs class numbers into each other; label maps must be lossless, as PNG is")
+    if image.mode == "1":
+        return np.array(image).astype(np.uint8)
+    if image.mode in ("L", "LA", "P", "PA"):
+        values = np.array(image if len(image.mode) == 1 else image.getchannel(0))
+        # Pillow stretches the values of 2-bit and 4-bit grey PNGs to 0..255. Byte 24 of a PNG: bits; byte 25: 0 for grey.
+        stretch = {2: 85, 4: 17}.get(head[24], 1) if head.startswith(PNG) and head[25] == 0 else 1
+        return values // np.uint8(stretch)
+    if image.mode.startswith("I;16"):
+        return _grey16(image)
+    if image.mode == "I":
+        values = np.array(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise _UnfitError(f"numbers from {values.min()} to {values.max()}; those of a label map lie in 0..65535")
+        return values.astype(np.uint16)
+    raise _UnfitError(
+        f"colours ({image.mode}) in place of class numbers; save it as one channel of numbers, "
+        "or set `colors: true` if it is painted in the vocabulary's colours"
+    )
+
+
+def _packed(image: Image.Image, head: bytes) -> Integer[np.ndarray, "H W"]:
+    if head.startswith(JPEG):
+        raise _UnfitError("a JPEG, which blurs colours into each other; label maps must be lossless, as PNG is")
+    red, green, blue = _rgb(image, head).numpy().astype(np.int32)
+    return red << 16 | green << 8 | blue
+
+
+def _grey16(image: Image.Image) -> Integer[np.ndarray, "H W"]:
+    return np.array(image).astype(np.uint16)
