@@ -5,7 +5,7 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; tapped and shrunk as 
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -73,9 +73,9 @@ class TimmViT(Trunk, Resizable):
         known = timm.list_models("vit_*")
         if model not in known:
             raise ValueError(f"timm has no plain ViT '{model}'.{nearest(model, known)}")
-        chosen = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch}
+        chosen: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch}
         sides = max(size)
-        self.vit = timm.create_model(
+        self.vit: Any = timm.create_model(
             model,
             pretrained=pretrained,
             img_size=sides,
@@ -92,6 +92,8 @@ class TimmViT(Trunk, Resizable):
         self.depth = len(self.vit.blocks)
         self.patch = self.vit.patch_embed.patch_size[0]
         self.mean = mean
+        self.shift: Tensor
+        self.scale: Tensor
         self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 

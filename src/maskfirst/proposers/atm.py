@@ -3,8 +3,8 @@
 Zhang et al., "SegViT: Semantic Segmentation with Plain Vision Transformers", NeurIPS 2022.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -104,21 +104,43 @@ def _initialise(head: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def decoder(layers: int, width: int, heads: int, dropout: float) -> nn.ModuleList:
+class Decoder(nn.Module):
     """A stack of decoder layers initialised as SegViT's.
 
     Linears are truncated normal, std 0.02; the packed input projections of the self-attention are Xavier-uniform and
     the same in every layer, since the original's layers start as copies of one.
     """
-    stack = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
-    _initialise(stack)
-    packed = nn.init.xavier_uniform_(torch.empty(3 * width, width, device="cpu"))
-    for layer in stack:
-        attention = layer.self_attention
-        for linear, weight in zip((attention.q, attention.k, attention.v), packed.chunk(3), strict=True):
-            with torch.no_grad():
-                linear.weight.copy_(weight)
-    return stack
+
+    def __init__(self, layers: int, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers {layers} must be at least 1")
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
+        _initialise(self)
+        packed = nn.init.xavier_uniform_(torch.empty(3 * width, width))
+        for layer in self:
+            attention = layer.self_attention
+            for linear, weight in zip((attention.q, attention.k, attention.v), packed.chunk(3), strict=True):
+                with torch.no_grad():
+                    linear.weight.copy_(weight)
+
+    def __iter__(self) -> Iterator[DecoderLayer]:
+        return iter(cast("Iterable[DecoderLayer]", self.layers))
+
+    def forward(self, tokens: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"]) -> Float[Tensor, "B Q D"]:
+        for layer in self:
+            tokens = layer(tokens, memory)
+        return tokens
+
+    def with_similarity(
+        self, tokens: Float[Tensor, "B Q D"], memory: Float[Tensor, "B N D"]
+    ) -> list[tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q N"]]]:
+        """Tokens and similarity after every layer."""
+        guesses = []
+        for layer in self:
+            tokens, similarity = layer.with_similarity(tokens, memory)
+            guesses.append((tokens, similarity))
+        return guesses
 
 
 class Queries(nn.Module, PerClass):
@@ -210,7 +232,7 @@ class ATM(Proposer):
         stages = len(backbone.channels)
         self.entrances = nn.ModuleList(Entrance(channels, width) for channels in reversed(backbone.channels))
         _initialise(self.entrances)
-        self.decoders = nn.ModuleList(decoder(layers, width, heads, dropout) for _ in range(stages))
+        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout) for _ in range(stages))
         self.width = width
         self.tasks = _tasks(queries)
         self.mean = backbone.mean
@@ -222,21 +244,14 @@ class ATM(Proposer):
         tokens = self.queries.weight.expand(len(batch), -1, -1)
         masks: Tensor | None = None
         stages: list[Proposals] = []
-        for tap, entrance, layers in zip(reversed(maps), self.entrances, self.decoders, strict=True):
-            tokens, similarity = _attend(layers, tokens, entrance(tap))
+        decoders = cast("Iterable[Decoder]", self.decoders)
+        for tap, entrance, layers in zip(reversed(maps), self.entrances, decoders, strict=True):
+            tokens, similarity = layers.with_similarity(tokens, entrance(tap))[-1]
             grid = (tap.shape[-2], tap.shape[-1])
             similarity = similarity.unflatten(2, grid)
             masks = similarity if masks is None else resize(masks, grid) + similarity
             stages.append(Proposals(masks, queries=tokens))
         return _last(stages, batch, self.resolution)
-
-
-def _attend(layers: Sequence[nn.Module], tokens: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens after all layers, and the similarity in the last one."""
-    *first, last = layers
-    for layer in first:
-        tokens = layer(tokens, memory)
-    return last.with_similarity(tokens, memory)  # type: ignore[operator]
 
 
 def _last(guesses: list[Proposals], batch: Batch, resolution: Size | None) -> Proposals:
@@ -273,7 +288,7 @@ class SingleATM(Proposer):
         self.queries = _class_tokens(queries, vocabulary, width)
         self.entrances = nn.ModuleList(Entrance(channels, width) for channels in backbone.channels)
         _initialise(self.entrances)
-        self.decoders = nn.ModuleList(decoder(layers, width, heads, dropout) for _ in backbone.channels)
+        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout) for _ in backbone.channels)
         self.width = width
         self.tasks = _tasks(queries)
         self.mean = backbone.mean
@@ -286,17 +301,11 @@ class SingleATM(Proposer):
         memory = torch.stack([entrance(tap) for entrance, tap in zip(self.entrances, maps, strict=True)]).sum(0)
         tokens = self.queries.weight.expand(len(batch), -1, -1)
         guesses = []
-        for layers in self.decoders:
-            tokens = _guess(layers, tokens, memory, grid, guesses)
+        for layers in cast("Iterable[Decoder]", self.decoders):
+            guessed = layers.with_similarity(tokens, memory)
+            guesses += [Proposals(similarity.unflatten(2, grid), queries=queries) for queries, similarity in guessed]
+            tokens = guessed[-1][0]
         return _last(guesses, batch, self.resolution)
-
-
-def _guess(layers: nn.Module, tokens: Tensor, memory: Tensor, grid: Size, guesses: list[Proposals]) -> Tensor:
-    """Runs the layers, adds a guess for each to `guesses`, and returns the tokens after the last."""
-    for layer in layers.children():
-        tokens, similarity = layer.with_similarity(tokens, memory)  # type: ignore[operator]
-        guesses.append(Proposals(similarity.unflatten(2, grid), queries=tokens))
-    return tokens
 
 
 class ShrunkATM(Proposer):
@@ -330,9 +339,9 @@ class ShrunkATM(Proposer):
         self.grid_queries = GridQueries(size[0] // backbone.multiple, width)
         self.entrances = nn.ModuleList(Entrance(channels, width) for channels in backbone.channels)
         _initialise(self.entrances)
-        self.decoders = nn.ModuleList(decoder(layers, width, heads, dropout) for _ in backbone.channels)
+        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout) for _ in backbone.channels)
         self.queries = Queries(len(vocabulary), width)
-        self.masks = decoder(layers, width, heads, dropout)
+        self.masks = Decoder(layers, width, heads, dropout)
         self.width = width
         self.tasks = _tasks(None)
         self.mean = backbone.mean
@@ -343,10 +352,11 @@ class ShrunkATM(Proposer):
         maps = self.backbone(batch.pixels)
         places = self.grid_queries.weight.expand(len(batch), -1, -1)
         for tap, entrance, layers in zip(maps, self.entrances, self.decoders, strict=True):
-            memory = entrance(tap)
-            for layer in layers.children():
-                places = layer(places, memory)
-        guesses: list[Proposals] = []
+            places = layers(places, entrance(tap))
         side = self.grid_queries.side
-        _guess(self.masks, self.queries.weight.expand(len(batch), -1, -1), places, (side, side), guesses)
+        tokens = self.queries.weight.expand(len(batch), -1, -1)
+        guesses = [
+            Proposals(similarity.unflatten(2, (side, side)), queries=tokens)
+            for tokens, similarity in self.masks.with_similarity(tokens, places)
+        ]
         return _last(guesses, batch, self.resolution)

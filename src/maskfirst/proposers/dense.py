@@ -39,7 +39,8 @@ class Dense(Proposer):
         self.dropout = nn.Dropout2d(dropout)
         self.linear = PixelRows(channels, len(vocabulary), 1)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        if self.linear.bias is not None:
+            nn.init.zeros_(self.linear.bias)
         self.width = None
         self.tasks = frozenset({"semantic"})
         self.mean = backbone.mean
