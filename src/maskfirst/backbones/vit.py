@@ -69,7 +69,7 @@ class TimmViT(Trunk, Resizable):
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        timm = _timm()
+        timm = load_timm()
         known = timm.list_models("vit_*")
         if model not in known:
             raise ValueError(f"timm has no plain ViT '{model}'.{nearest(model, known)}")

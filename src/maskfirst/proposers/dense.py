@@ -20,7 +20,7 @@ class PixelRows(nn.Conv2d, PerClass):
 
 
 class Dense(Proposer):
-    """A linear layer on the normed channels of the backbone's last map. Semantic only."""
+    """A linear layer on the normed channels of one map of the backbone, `tap`. Semantic only."""
 
     example: ClassVar[Mapping[str, Any]] = {
         "kind": "dense",
@@ -31,10 +31,13 @@ class Dense(Proposer):
         },
     }
 
-    def __init__(self, backbone: Backbone, vocabulary: Vocabulary, dropout: float = 0.1) -> None:
+    def __init__(self, backbone: Backbone, vocabulary: Vocabulary, tap: int = -1, dropout: float = 0.1) -> None:
         super().__init__()
         self.backbone = backbone
-        channels = backbone.channels[-1]
+        if not -len(backbone.channels) <= tap < len(backbone.channels):
+            raise ValueError(f"tap {tap}: the backbone has {len(backbone.channels)} maps")
+        self.tap = tap
+        channels = backbone.channels[tap]
         self.norm = nn.LayerNorm(channels)
         self.dropout = nn.Dropout2d(dropout)
         self.linear = PixelRows(channels, len(vocabulary), 1)
@@ -47,8 +50,8 @@ class Dense(Proposer):
         self.multiple = backbone.multiple
 
     def forward(self, batch: Batch) -> Proposals:
-        last = self.backbone(batch.pixels)[-1]
-        normed = self.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        tapped = self.backbone(batch.pixels)[self.tap]
+        normed = self.norm(tapped.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         masks = self.linear(self.dropout(normed))
         return Proposals(masks, competing=True, names=one_name_each(masks))
 
