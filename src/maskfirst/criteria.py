@@ -3,16 +3,17 @@
 `fixed`: query c stands for class c, always (SegViT; Zhang et al., 2022). `pixel`: cross-entropy of every pixel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from maskfirst.contracts import Criterion
-from maskfirst.frames import resize
+from maskfirst.frames import Size, resize
 from maskfirst.types import VOID, Names, Proposals, Segments, Vocabulary
 
 
@@ -25,22 +26,102 @@ def mean_count(count: int, device: torch.device) -> float:
     return max(total.item() / distributed.get_world_size(), 1.0)
 
 
-def focal_loss(
-    logits: Float[Tensor, "M H W"], truth: Float[Tensor, "M H W"], alpha: float = 0.25, gamma: float = 2.0
-) -> Float[Tensor, " M"]:
-    """Sigmoid focal loss, averaged over the pixels of each mask (Lin et al., 2017)."""
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    probability = logits.sigmoid()
-    # 1 - p of the true side, and alpha for the inside, 1 - alpha for the outside.
-    miss = probability + truth * (1 - 2 * probability)
-    weight = truth * (2 * alpha - 1) + (1 - alpha)
-    return (weight * cross_entropy * miss**gamma).flatten(1).mean(1)
+class _MaskLosses(torch.autograd.Function):
+    """Focal and dice of masks enlarged to the truth, some masks at a time so that they stay in the cache.
+
+    Nothing of the enlarged masks is kept: the backward pass makes them again, and its formulas are written out. With t
+    the truth, z = (2t - 1) x and p = sigmoid(z), the probability of what is right: focal = -alpha_t (1 - p)^gamma log p.
+    Written with products, as selecting by a boolean mask takes 20 times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "M h w"],
+        truth: Bool[Tensor, "M H W"],
+        through: Size | None,
+        alpha: float,
+        gamma: float,
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
+        focal, sums = [], []
+        for some in _chunks(truth):
+            inside, side, right, wrong = _split(logits[some], truth[some], through)
+            each = wrong.pow(gamma).mul_((right + TINY).log_()).mul_(inside * (1 - 2 * alpha) - (1 - alpha))
+            focal.append(each.flatten(1).mean(1))
+            true = inside.flatten(1).sum(1)
+            hit = inside.mul_(right).flatten(1).sum(1)
+            # sigmoid(x) is p inside and 1 - p outside of the truth.
+            found = side.mul_(right).flatten(1).sum(1) + (truth[0].numel() - true)
+            sums.append(torch.stack([hit, found + true]))
+        shared, total = torch.cat(sums, 1)
+        ctx.save_for_backward(logits, truth, shared, total)
+        ctx.settings = (through, alpha, gamma)
+        return torch.cat(focal), 1 - (2 * shared + 1) / (total + 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        focal, dice = gradients
+        logits, truth, shared, total = ctx.saved_tensors
+        through, alpha, gamma = ctx.settings
+        # The slope of dice with respect to sigmoid(x), outside of the truth, and what is added inside.
+        outside = (dice * (2 * shared + 1) / (total + 1) ** 2)[:, None, None]
+        added = (-2 * dice / (total + 1))[:, None, None]
+        focal = (focal / truth[0].numel())[:, None, None]
+        tall = _interpolation(logits.shape[-2], truth.shape[-2], None if through is None else through[0], logits)
+        wide = _interpolation(logits.shape[-1], truth.shape[-1], None if through is None else through[1], logits)
+        result = []
+        for some in _chunks(truth):
+            inside, side, right, wrong = _split(logits[some], truth[some], through)
+            slope = (right + TINY).log_().mul_(right).mul_(-gamma).add_(wrong).mul_(wrong.pow(gamma))
+            slope.mul_(inside * (1 - 2 * alpha) - (1 - alpha)).mul_(side).mul_(focal[some])
+            slope.add_(right.mul_(wrong).mul_(inside.mul_(added[some]).add_(outside[some])))
+            result.append(tall.T @ slope @ wide)
+        return torch.cat(result), None, None, None, None
 
 
-def dice_loss(logits: Float[Tensor, "M H W"], truth: Float[Tensor, "M H W"]) -> Float[Tensor, " M"]:
-    """1 - (2 st + 1) / (s + t + 1) over the pixels of each mask (Milletari et al., 2016)."""
-    inside, truth = logits.sigmoid().flatten(1), truth.flatten(1)
-    return 1 - (2 * (inside * truth).sum(1) + 1) / (inside.sum(1) + truth.sum(1) + 1)
+TINY = 1e-38
+"""Keeps the logarithm of a probability that underflowed at 87, float32's largest."""
+_CHUNK = {"cpu": 2**17, "cuda": 2**26}
+"""Pixels of masks worked on at a time: what stays in a core's cache, or fills a GPU."""
+
+
+def _chunks(truth: Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK.get(truth.device.type, 2**20) // max(1, truth[0].numel()))
+    return (slice(first, first + step) for first in range(0, len(truth), step))
+
+
+def _split(logits: Tensor, truth: Tensor, through: Size | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of enlarged masks: 1 inside of the truth and 0 outside; 1 and -1; the probability of what is right; of what is wrong."""
+    masks = logits if through is None else resize(logits, through)
+    masks = resize(masks, (truth.shape[-2], truth.shape[-1]))
+    inside = truth.to(masks.dtype)
+    side = inside * 2 - 1
+    right = (masks * side).sigmoid_()
+    return inside, side, right, 1 - right
+
+
+def _interpolation(source: int, goal: int, through: int | None, like: Tensor) -> Float[Tensor, "goal source"]:
+    """The matrix by which `resize` enlarges one axis; its transpose carries gradients back."""
+    matrix = torch.eye(source, dtype=like.dtype, device=like.device)
+    for length in (through, goal):
+        if length is not None:
+            matrix = resize(matrix[None], (length, source))[0]
+    return matrix
+
+
+def mask_losses(
+    logits: Float[Tensor, "M h w"],
+    truth: Bool[Tensor, "M H W"],
+    through: Size | None = None,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """Focal loss (Lin et al., 2017; averaged over pixels) and dice loss (Milletari et al., 2016) of every mask.
+
+    The logits are enlarged to the truth's size, by way of the size `through` where given.
+    """
+    return _MaskLosses.apply(logits.float(), truth, through, alpha, gamma)
 
 
 class Fixed(Criterion):
@@ -84,13 +165,10 @@ class Fixed(Criterion):
         if len(present) == 0:
             nothing = 0.0 * proposals.masks.sum()
             return losses | {"mask": nothing, "dice": nothing}
-        masks = proposals.masks[images, present]
-        if proposals.resolution is not None:
-            masks = resize(masks, proposals.resolution)
-        inside = torch.cat([segments.masks for segments in truth]).to(masks.dtype)
-        masks = resize(masks, (inside.shape[-2], inside.shape[-1]))
-        losses["mask"] = self.mask_weight * focal_loss(masks, inside).sum() / count
-        losses["dice"] = self.dice_weight * dice_loss(masks, inside).sum() / count
+        inside = torch.cat([segments.masks for segments in truth])
+        focal, dice = mask_losses(proposals.masks[images, present], inside, proposals.resolution)
+        losses["mask"] = self.mask_weight * focal.sum() / count
+        losses["dice"] = self.dice_weight * dice.sum() / count
         return losses
 
 
