@@ -1,0 +1,288 @@
+"""Procedural scenes of sky, fields and water with shapes standing about: a data set that needs no download.
+
+Every scene is a function of (seed, split, index) alone. Stuff has texture and colours that overlap between classes, shapes
+vary in size, colour, turn and light, and hide each other by depth, each being a segment of its own.
+"""
+
+import colorsys
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import Bool, Float32, Int32, UInt8
+from PIL import Image
+
+from maskfirst.contracts import Dataset
+from maskfirst.data.folder import DataError, choose
+from maskfirst.data.vocabulary import load
+from maskfirst.files import write_aside, write_json
+from maskfirst.frames import Size
+from maskfirst.types import Sample
+
+SKY, FIELD, WATER = range(3)
+KINDS = ("circle", "square", "triangle", "star")
+_STREAMS = {"train": "0", "val": "1", "test": "2"}
+"""What sets the splits' random numbers apart."""
+_MOST_SHAPES = 7
+
+Picture = Float32[np.ndarray, "H W 3"]
+Map = Float32[np.ndarray, "H W"]
+
+
+class Shapes(Dataset):
+    """Scenes made on the fly, the same at every call."""
+
+    def __init__(
+        self, split: str = "train", length: int = 512, size: tuple[int, int] = (96, 128), seed: int = 0
+    ) -> None:
+        """`split`: train, val or test, which share no scene. `size`: (height, width) px. Raises DataError."""
+        self.stream = int(choose(split, _STREAMS, "shapes"))
+        self.split, self.length, self.size, self.seed = split, length, size, seed
+        self.vocabulary = load("shapes")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def keys(self) -> Sequence[str]:
+        return [f"{self.split}-{index:05d}" for index in range(self.length)]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
+        pixels, ids, classes = _scene(np.random.default_rng((self.seed, self.stream, index)), self.size)
+        return Sample(
+            torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
+            torch.from_numpy(ids)[None],
+            torch.tensor(classes),
+            torch.zeros(len(classes), dtype=torch.bool),
+            f"{self.split}-{index:05d}",
+        )
+
+
+def write_demo(folder: Path | str, count: int = 12, size: tuple[int, int] = (192, 256), seed: int = 0) -> list[Path]:
+    """Writes `count` scenes as files, three quarters of them for training, in the layout that the `folder` data set reads.
+
+    Pictures in `images/{train,val}`, label maps in `annotations/{train,val}`, names in `classes.yaml`; the same truth in
+    COCO's formats under `coco`. Returns the paths of the pictures. Raises files.DiskError, DataError for a count below 2.
+    """
+    if count < 2:
+        raise DataError(f"a demo of {count} scenes cannot have a training and a validation split; ask for 2 or more")
+    folder = Path(folder)
+    words = load("shapes")
+    pictures = []
+    held = max(1, count // 4)
+    for split, length in (("train", count - held), ("val", held)):
+        scenes = Shapes(split, length, size, seed)
+        instances, panoptic = _Coco(scenes), _Coco(scenes)
+        for index in range(length):
+            sample = scenes[index]
+            picture = folder / "images" / split / f"{sample.key}.jpg"
+            pictures.append(picture)
+            _save(picture, Image.fromarray(sample.image.permute(1, 2, 0).numpy()), "JPEG", quality=95)
+            labels = Image.fromarray(sample.truth.label_map().numpy().astype(np.uint8))
+            labels.putpalette([value for color in words.colors for value in color])
+            _save(folder / "annotations" / split / f"{sample.key}.png", labels, "PNG")
+            ids = sample.ids[0].numpy() + 1
+            _save(folder / "coco" / f"panoptic_{split}" / f"{sample.key}.png", _painted(ids), "PNG")
+            parts = _parts(ids, sample.classes.tolist(), scenes)
+            panoptic.add(index, sample.key, [{"file_name": f"{sample.key}.png", "segments_info": parts}])
+            things = [part for part, kind in zip(parts, sample.classes.tolist(), strict=True) if kind in words.things]
+            instances.add(index, sample.key, [part | {"segmentation": _runs(ids == part["id"])} for part in things])
+        instances.write(folder / "coco" / f"instances_{split}.json", things_only=True)
+        panoptic.write(folder / "coco" / f"panoptic_{split}.json", things_only=False)
+    with write_aside(folder / "classes.yaml") as aside:
+        rows = [
+            {"name": name, "color": list(words.colors[i]), "thing": i in words.things, "id": words.ids[i]}
+            for i, name in enumerate(words.names)
+        ]
+        aside.write_text(yaml.safe_dump({"classes": rows}, sort_keys=False, default_flow_style=None), encoding="utf-8")
+    return pictures
+
+
+def _scene(
+    rng: np.random.Generator, size: Size
+) -> tuple[UInt8[np.ndarray, "H W 3"], Int32[np.ndarray, "H W"], list[int]]:
+    """The pixels, the segment of every pixel, and the segments' classes. Lengths inside are in heights of the picture."""
+    y, x = _grid(size)
+    horizon = rng.uniform(0.2, 0.5) + _wave(rng, x, 0.04) + rng.uniform(-0.06, 0.06) * x
+    owner = np.where(y < horizon, SKY, FIELD).astype(np.int32)
+    if rng.random() < 0.75:
+        shore = horizon + rng.uniform(0.03, 0.3) + _wave(rng, x, 0.05)
+        owner[(y > shore) & (y < shore + rng.uniform(0.12, 0.5) + _wave(rng, x, 0.04))] = WATER
+    stuff = (_sky(rng, size), _field(rng, size), _water(rng, size))
+    picture = np.select([(owner == index)[..., None] for index in (SKY, FIELD)], stuff[:2], stuff[2])
+
+    light = rng.uniform(0, 2 * np.pi)
+    classes = [SKY, FIELD, WATER]
+    feet = np.sort(rng.uniform(0.25, 1.0, rng.integers(2, _MOST_SHAPES + 1)))  # the nearer, the later and the larger
+    for foot in feet:
+        kind = int(rng.integers(len(KINDS)))
+        radius = (0.05 + 0.16 * foot) * np.exp(rng.normal(0, 0.25))
+        center = (foot - radius * rng.uniform(-0.2, 1), rng.uniform(0, size[1] / size[0]))
+        _stamp(rng, picture, owner, len(classes), kind, center, radius, light)
+        classes.append(len((SKY, FIELD, WATER)) + kind)
+
+    gain, cast = rng.uniform(0.6, 1.15), rng.uniform(0.92, 1.08, 3)
+    picture = picture * (gain * cast).astype(np.float32) + rng.normal(0, 0.02, (*size, 1)).astype(np.float32)
+    seen = np.bincount(owner.ravel(), minlength=len(classes)) > 0
+    order = (np.cumsum(seen) - 1).astype(np.int32)
+    pixels = (np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    return pixels, order[owner], [index for index, visible in zip(classes, seen, strict=True) if visible]
+
+
+def _stamp(
+    rng: np.random.Generator,
+    picture: Picture,
+    owner: Int32[np.ndarray, "H W"],
+    segment: int,
+    kind: int,
+    center: tuple[float, float],
+    radius: float,
+    light: float,
+) -> None:
+    """Paints one shape over what is there, in `picture` and `owner`."""
+    height, width = owner.shape
+    top, left = (max(0, int((c - radius) * height)) for c in center)
+    bottom, right = (min(n, int((c + radius) * height) + 2) for n, c in zip((height, width), center, strict=True))
+    turn, color = rng.uniform(0, 2 * np.pi), _color(rng, (0, 1), (0.35, 1), (0.4, 1))
+    stripes, rim = rng.random() < 0.3, rng.random() < 0.4
+    if top >= bottom or left >= right:
+        return
+    window = (slice(top, bottom), slice(left, right))
+    y, x = (axis[window] for axis in _grid((height, width)))
+    v, u = (y - center[0]) / radius, (x - center[1]) / radius
+    across, along = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
+    reach = _reach(KINDS[kind], across, along)
+    inside = reach < 1
+    shade = 1 + 0.35 * (u * np.cos(light) + v * np.sin(light))
+    if stripes:
+        shade = shade * np.where(np.sin(along * 12) > 0, 1, 0.65)
+    if rim:
+        shade = np.where(reach > 0.82, shade * 0.4, shade)
+    picture[window][inside] = (shade[..., None] * color)[inside]
+    owner[window][inside] = segment
+
+
+def _reach(kind: str, u: Map, v: Map) -> Map:
+    """How far out a point is, 1 on the shape's border, in coordinates of the circle that it is drawn in."""
+    if kind == "circle":
+        return np.hypot(u, v)
+    if kind == "square":
+        return np.maximum(np.abs(u), np.abs(v)) * np.float32(np.sqrt(2))
+    if kind == "triangle":
+        lean = np.float32(np.sqrt(3)) * np.abs(u)
+        return np.maximum(2 * v, lean - v)
+    # A star's border, from a tip at angle 0 to a notch at 36 degrees and radius 0.45, is a straight line.
+    notch, tip = np.pi / 5, np.abs(np.mod(np.arctan2(v, u), 2 * np.pi / 5) - np.pi / 5)
+    angle = notch - tip
+    return np.hypot(u, v) * ((np.sin(angle) + 0.45 * np.sin(notch - angle)) / (0.45 * np.sin(notch))).astype(np.float32)
+
+
+def _sky(rng: np.random.Generator, size: Size) -> Picture:
+    y, _ = _grid(size)
+    zenith, low = _color(rng, (0.5, 0.68), (0.1, 0.7), (0.5, 0.95)), _color(rng, (0.05, 0.65), (0.05, 0.35), (0.7, 1))
+    clouds = np.clip(_noise(rng, size, 4) + 0.5 * _noise(rng, size, 9) - rng.uniform(-0.3, 0.6), 0, 1)[..., None]
+    clear = zenith + (low - zenith) * np.clip(2 * y, 0, 1)[..., None]
+    return clear + (0.92 - clear) * clouds
+
+
+def _field(rng: np.random.Generator, size: Size) -> Picture:
+    y, x = _grid(size)
+    grain = 0.12 * rng.standard_normal(size, dtype=np.float32) + 0.2 * _noise(rng, size, 8)
+    furrows = 0.1 * np.sin(rng.uniform(20, 60) * (x + rng.uniform(-1, 1) * y))
+    return _color(rng, (0.1, 0.42), (0.25, 0.8), (0.3, 0.75)) * (1 + grain + furrows)[..., None]
+
+
+def _water(rng: np.random.Generator, size: Size) -> Picture:
+    y, _ = _grid(size)
+    ripples = np.sin(rng.uniform(60, 120) * y + 4 * _noise(rng, size, 6))
+    return _color(rng, (0.45, 0.68), (0.15, 0.8), (0.3, 0.8)) * (1 + 0.18 * ripples)[..., None]
+
+
+def _color(
+    rng: np.random.Generator, hue: tuple[float, float], saturation: tuple[float, float], value: tuple[float, float]
+) -> Float32[np.ndarray, "3"]:
+    """A colour from these ranges, RGB 0..1."""
+    return np.array(colorsys.hsv_to_rgb(*(rng.uniform(*limits) for limits in (hue, saturation, value))), np.float32)
+
+
+def _wave(rng: np.random.Generator, x: Map, height: float) -> Map:
+    return (height * np.sin(rng.uniform(2, 9) * x + rng.uniform(0, 2 * np.pi))).astype(np.float32)
+
+
+def _noise(rng: np.random.Generator, size: Size, cells: int) -> Map:
+    """Smooth noise of variance below 1, with about `cells` bumps along the height."""
+    rows, columns = cells + 1, cells * size[1] // size[0] + 2
+    return _spread(size[0], rows) @ rng.standard_normal((rows, columns), dtype=np.float32) @ _spread(size[1], columns).T
+
+
+@functools.lru_cache(maxsize=32)
+def _spread(length: int, knots: int) -> Float32[np.ndarray, "length knots"]:
+    """The matrix that interpolates `knots` values to `length`."""
+    place = np.linspace(0, knots - 1, length)[:, None]
+    return np.clip(1 - np.abs(place - np.arange(knots)), 0, 1).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=4)
+def _grid(size: Size) -> tuple[Map, Map]:
+    """(y, x) of the pixels' centres, in heights of the picture."""
+    y, x = np.meshgrid(*(((np.arange(n) + 0.5) / size[0]).astype(np.float32) for n in size), indexing="ij")
+    return y, x
+
+
+class _Coco:
+    """A COCO file in the making."""
+
+    def __init__(self, scenes: Shapes) -> None:
+        self.scenes = scenes
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+
+    def add(self, index: int, key: str, annotations: list[dict[str, Any]]) -> None:
+        height, width = self.scenes.size
+        self.images.append({"id": index, "file_name": f"{key}.jpg", "height": height, "width": width})
+        for annotation in annotations:
+            self.annotations.append(annotation | {"image_id": index, "id": len(self.annotations) + 1})
+
+    def write(self, path: Path, things_only: bool) -> None:
+        words = self.scenes.vocabulary
+        categories = [
+            {"id": words.ids[i], "name": name, "isthing": int(i in words.things)}
+            for i, name in enumerate(words.names)
+            if i in words.things or not things_only
+        ]
+        write_json(path, {"images": self.images, "annotations": self.annotations, "categories": categories})
+
+
+def _parts(ids: Int32[np.ndarray, "H W"], classes: list[int], scenes: Shapes) -> list[dict[str, Any]]:
+    """COCO's record of every segment; `ids` count from 1."""
+    parts = []
+    for number, index in enumerate(classes, 1):
+        rows, columns = np.nonzero(ids == number)
+        left, top = int(columns.min()), int(rows.min())
+        box = [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1]
+        category = scenes.vocabulary.ids[index]
+        parts.append({"id": number, "category_id": category, "area": len(rows), "bbox": box, "iscrowd": 0})
+    return parts
+
+
+def _runs(mask: Bool[np.ndarray, "H W"]) -> dict[str, list[int]]:
+    """COCO's uncompressed run lengths: down the columns, from a run outside the mask on."""
+    flat = np.concatenate([[False], mask.ravel(order="F")])
+    borders = np.flatnonzero(flat[1:] != flat[:-1])
+    runs = np.diff(np.concatenate([[0], borders, [mask.size]]))
+    return {"size": list(mask.shape), "counts": runs.tolist()}
+
+
+def _painted(ids: Int32[np.ndarray, "H W"]) -> Image.Image:
+    """COCO's panoptic picture: the segment is r + 256 g + 65536 b."""
+    return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8))
+
+
+def _save(path: Path, image: Image.Image, kind: str, **options: int) -> None:
+    with write_aside(path) as aside:
+        image.save(aside, kind, **options)
