@@ -10,6 +10,10 @@ from typing import Any
 
 from maskfirst.errors import UserError
 
+# Read once: it can only be read by setting it, which must not happen while other threads make files.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 class DiskError(UserError):
     """A file that could not be written; what lay there before is untouched."""
@@ -34,9 +38,7 @@ def write_aside(path: Path | str) -> Iterator[Path]:
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         # mkstemp makes files private; the finished file gets what an ordinary `open` would have given it.
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)
+        aside.chmod(0o666 & ~_UMASK)
         os.replace(aside, path)
     except OSError as error:
         raise DiskError(f"{path}: not saved: {error.strerror or error}; what was there before is untouched") from error
