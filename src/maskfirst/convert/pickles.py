@@ -1,0 +1,219 @@
+"""Opening the files of other projects as data: tensors by name and plain values, and no code, whatever they ask for."""
+
+import collections
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from maskfirst.errors import UserError, nearest
+
+LARGEST = 64 * 2**30
+"""Bytes that an archive may unpack to; the largest released checkpoints of these methods have 5 GB."""
+WRAPPERS = ("state_dict", "model")
+"""Under these keys the projects keep the tensors, beside what else they save."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be opened, or that is refused."""
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """What a file holds: `tensors` by its own keys, and `beside` them, as it came, what lay around them."""
+
+    tensors: dict[str, Tensor]
+    beside: dict[str, Any]
+
+
+def open_checkpoint(path: Path | str) -> Opened:
+    """The tensors of a file, on the CPU, by its suffix. Raises CheckpointError in one line.
+
+    `.safetensors`; `.pth`, `.pt`, `.bin`, `.ckpt` of torch, with plain types beside the tensors; `.pkl` of NumPy arrays in
+    plain containers; `.npz`. A file that asks for anything else is refused and never opened another way.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: a folder, not a checkpoint")
+    if suffix not in _READERS:
+        known = ", ".join(_READERS)
+        raise CheckpointError(f"{path}: suffix '{suffix}' is not known.{nearest(suffix, _READERS)} Known: {known}.")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty; fetch it again")
+    with warnings.catch_warnings():
+        # Old checkpoints make torch and NumPy warn about their own past; nothing there is ours to act on.
+        warnings.simplefilter("ignore")
+        content = _READERS[suffix](path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__} and no tensors by name")
+    beside: dict[str, Any] = {}
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            beside = {str(key): value for key, value in content.items() if key != wrapper}
+            content = content[wrapper]
+            break
+    tensors = {str(key): _tensor(value, f"{path}: {key}") for key, value in content.items()}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return Opened(tensors, beside)
+
+
+def _tensor(value: Any, place: str) -> Tensor:
+    if isinstance(value, np.ndarray | np.generic):
+        try:
+            value = torch.from_numpy(np.array(value))
+        except TypeError as error:
+            raise CheckpointError(f"{place}: an array of {value.dtype}, which is no tensor") from error
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{place}: a {type(value).__name__}, not a tensor")
+    if value.layout != torch.strided or value.is_quantized:
+        raise CheckpointError(f"{place}: a sparse or quantized tensor; only plain ones are known here")
+    return value.detach()
+
+
+def _damaged(path: Path, error: BaseException) -> CheckpointError:
+    told = " ".join(str(error).split()) or type(error).__name__
+    return CheckpointError(f"{path}: damaged, or not what its suffix says ({told[:160]}); fetch it again")
+
+
+def _refused(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: refused, it asks for '{name}', which could run code; "
+        "ask its publisher for a file of tensors alone (.safetensors)"
+    )
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses an archive that would unpack to far more than it weighs."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > LARGEST:
+        raise CheckpointError(f"{path}: would unpack to {size / 2**30:.0f} GiB; the limit is {LARGEST / 2**30:.0f}")
+
+
+def _empty_array(kind: type, shape: tuple[int, ...], code: str | bytes) -> np.ndarray:
+    """Where NumPy's pickles begin an array, which its state then fills; anything but that beginning is refused."""
+    if kind is not np.ndarray or tuple(shape) != (0,) or code not in ("b", b"b"):
+        raise pickle.UnpicklingError(f"an array of {kind} that begins with shape {shape}")
+    return np.ndarray((0,), "b")
+
+
+def _filled_array(content: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _latin(text: str, encoding: str) -> bytes:
+    """How pickles of protocol 2 spell bytes."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"text in '{encoding}'")
+    return text.encode("latin1")
+
+
+_PLAIN: dict[str, Any] = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "_codecs.encode": _latin,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+} | {
+    f"numpy.{core}.{name}": made
+    for core in ("core", "_core")
+    for name, made in {
+        "multiarray._reconstruct": _empty_array,
+        "multiarray.scalar": np._core.multiarray.scalar,  # pyright: ignore[reportAttributeAccessIssue]
+        "numeric._frombuffer": _filled_array,
+    }.items()
+}
+"""All that a pickle may ask for by name, and what it is given."""
+
+
+class _Plain(pickle.Unpickler):
+    """Knows the names of _PLAIN and no other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # Python 2 called it so.
+        asked = f"{module}.{name}".replace("copy_reg.", "copyreg.")
+        if asked not in _PLAIN:
+            raise _Asked(asked)
+        return _PLAIN[asked]
+
+
+class _Asked(Exception):  # noqa: N818 - not an error but a finding
+    """The name that a pickle asks for and may not have."""
+
+
+def _pickled(path: Path) -> Any:
+    try:
+        with open(path, "rb") as file:
+            # Pickles of Python 2 hold their bytes as text.
+            return _Plain(file, encoding="latin1").load()
+    except _Asked as asked:
+        raise _refused(path, str(asked)) from None
+    except Exception as error:
+        # A torn or made-up pickle can raise anything from EOFError to MemoryError.
+        raise _damaged(path, error) from error
+
+
+def _torch(path: Path) -> Any:
+    # The kinds of numbers that NumPy's pickles fill in; their classes have no names of their own to ask for.
+    dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
+    plain = [(made, name) for name, made in _PLAIN.items() if name.startswith("numpy.")]
+    try:
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
+        with torch.serialization.safe_globals([*plain, *dtypes]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
+            raise _refused(path, asked[1]) from error
+        if "TorchScript" in str(error):
+            raise _refused(path, "TorchScript") from error
+        # A torn archive makes torch raise anything from EOFError to KeyError; its long advice is to load unsafely.
+        reason = re.search(r"WeightsUnpickler error: ([^.\n]*)", str(error))
+        raise _damaged(path, pickle.UnpicklingError(reason[1] if reason else type(error).__name__)) from error
+
+
+def _numpy(path: Path) -> Any:
+    try:
+        _check_archive(path)
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if "allow_pickle" in str(error):
+            raise _refused(path, "pickle") from error
+        raise _damaged(path, error) from error
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": _safetensors,
+    ".pth": _torch,
+    ".pt": _torch,
+    ".bin": _torch,
+    ".ckpt": _torch,
+    ".pkl": _pickled,
+    ".npz": _numpy,
+}

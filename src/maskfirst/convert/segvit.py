@@ -1,0 +1,124 @@
+"""SegViT's released checkpoints: the ATM cascade and the Shrunk structure, told apart and measured by their tensors.
+
+Zhang et al., "SegViT: Semantic Segmentation with Plain Vision Transformers", NeurIPS 2022.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from maskfirst.convert.rename import Leave, Move, Rule, Split
+from maskfirst.convert.vit import mmseg_rules
+
+Structure = Literal["cascade", "shrunk"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tensors say. Not in them: the number of heads, the tapped blocks and the place where tokens shrink.
+
+    `side`: of the square pictures it was made for, px. `width` and `depth` of the ViT; `stages` decoders of `layers`
+    layers of `head_width`. The single head's tensors are the cascade's.
+    """
+
+    structure: Structure
+    classes: int
+    side: int
+    patch: int
+    width: int
+    depth: int
+    head_width: int
+    stages: int
+    layers: int
+
+    def __str__(self) -> str:
+        name = "SegViT-Shrunk" if self.structure == "shrunk" else "SegViT"
+        return f"{name} for {self.classes} classes at {self.side} px on a ViT of {self.depth} blocks of {self.width}"
+
+
+def recognises(keys: Collection[str]) -> bool:
+    """Whether these are the keys of a whole SegViT."""
+    return "decode_head.q.weight" in keys and "decode_head.loss_decode.criterion.empty_weight" in keys
+
+
+def facts(tensors: Mapping[str, Tensor]) -> Facts:
+    """Read from shapes. Raises KeyError where a key that every SegViT has is missing."""
+    structure: Structure = "shrunk" if "decode_head.atm.q.weight" in tensors else "cascade"
+    head = "decode_head.atm." if structure == "shrunk" else "decode_head."
+    projection = tensors["backbone.patch_embed.projection.weight"]
+    grid = int((tensors["backbone.pos_embed"].shape[1] - 1) ** 0.5)
+    return Facts(
+        structure,
+        classes=tensors[f"{head}class_embed.weight"].shape[0] - 1,
+        side=grid * projection.shape[-1],
+        patch=projection.shape[-1],
+        width=projection.shape[0],
+        depth=_count(tensors, r"backbone\.layers\.(\d+)\..*"),
+        head_width=tensors["decode_head.q.weight"].shape[1],
+        stages=_count(tensors, r"decode_head\.decoder_(\d+)\..*"),
+        layers=_count(tensors, rf"{re.escape(head)}decoder_1\.layers\.(\d+)\..*"),
+    )
+
+
+def _count(keys: Collection[str], numbered: str) -> int:
+    return len({match[1] for key in keys if (match := re.fullmatch(numbered, key))})
+
+
+def rules(structure: Structure) -> list[Rule]:
+    """From a whole checkpoint to the keys of a Segmenter of `atm` (or `atm_single`) or `atm_shrunk`."""
+    head, stage, kind = r"decode_head\.", r"(?P<stage>\d+)", "(?P<kind>weight|bias)"
+    table: list[Rule] = [
+        *mmseg_rules(final_norm=False, foreign="backbone.", ours="proposer.backbone.trunk."),
+        Move(rf"{head}input_proj_{stage}\.{kind}", _filled("proposer.entrances.{stage}.proj.{kind}")),
+        Move(rf"{head}proj_norm_{stage}\.{kind}", _filled("proposer.entrances.{stage}.norm.{kind}")),
+        *_decoder(rf"{head}decoder_{stage}", "proposer.decoders.{stage}"),
+        Move(rf"{head}loss_decode\.criterion\.empty_weight", "criterion.class_weights"),
+        Leave(rf"{head}(conv_[01]|syncbn_fc_0)\..*", "a branch of an older revision, used in training alone"),
+    ]
+    if structure == "cascade":
+        return [
+            *table,
+            Move(rf"{head}q\.weight", "proposer.queries.weight"),
+            Move(rf"{head}class_embed\.(weight|bias)", r"namer.linear.\1"),
+        ]
+    unread = "the inner head's copy of the loss's weights, which nothing reads"
+    return [
+        *table,
+        Move(rf"{head}q\.weight", "proposer.grid_queries.weight"),
+        Move(rf"{head}atm\.q\.weight", "proposer.queries.weight"),
+        Move(rf"{head}atm\.class_embed\.(weight|bias)", r"namer.linear.\1"),
+        *_decoder(rf"{head}atm\.decoder_1", "proposer.masks"),
+        Leave(rf"{head}atm\.loss_decode\.criterion\.empty_weight", unread),
+    ]
+
+
+def _filled(template: str) -> Callable[[re.Match[str]], str]:
+    """`template` with the groups of a match; stages are counted from 1 there and from 0 here."""
+
+    def fill(match: re.Match[str]) -> str:
+        groups = match.groupdict()
+        stage = {"stage": int(groups["stage"]) - 1} if "stage" in groups else {}
+        return template.format_map(groups | stage)
+
+    return fill
+
+
+def _decoder(foreign: str, ours: str) -> list[Rule]:
+    """One stack of decoder layers. Self-attentions, and the vanilla layers' cross-attentions, are packed there."""
+    layer, kind, home = rf"{foreign}\.layers\.(?P<layer>\d+)", "(?P<kind>weight|bias)", f"{ours}.layers.{{layer}}"
+    table: list[Rule] = [
+        Move(
+            rf"{layer}\.multihead_attn\.(?P<name>[qkv]|proj)\.{kind}", _filled(home + ".cross_attention.{name}.{kind}")
+        ),
+        Move(rf"{layer}\.linear1\.{kind}", _filled(home + ".expand.{kind}")),
+        Move(rf"{layer}\.linear2\.{kind}", _filled(home + ".contract.{kind}")),
+        Move(rf"{layer}\.(?P<name>norm[123])\.{kind}", _filled(home + ".{name}.{kind}")),
+    ]
+    for name, attention in (("self_attn", "self_attention"), ("multihead_attn", "cross_attention")):
+        parts = tuple(_filled(f"{home}.{attention}.{part}.{{kind}}") for part in "qkv")
+        table.append(Split(rf"{layer}\.{name}\.in_proj_{kind}", parts))
+        table.append(Move(rf"{layer}\.{name}\.out_proj\.{kind}", _filled(f"{home}.{attention}.proj.{{kind}}")))
+    return table
