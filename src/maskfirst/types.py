@@ -105,9 +105,9 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Names:
-    """What the proposals are called: logits over K names and, last, no object."""
+    """What the proposals are called: logits over K names and, last, no object (K1 = K + 1)."""
 
-    logits: Float[Tensor, "B Q K+1"]
+    logits: Float[Tensor, "B Q K1"]
 
     @property
     def joint(self) -> Float[Tensor, "B Q K"]:
