@@ -16,22 +16,27 @@ from maskfirst.contracts import Backbone, Resizable
 from maskfirst.frames import resize
 
 
-def _norm_conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+class NormConv(nn.Module):
+    """A convolution without bias and its batch norm."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        nn.init.kaiming_normal_(self.convolution.weight, nonlinearity="relu")
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B _c _h _w"]:
+        return self.norm(self.convolution(maps))
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside an identity (He et al., 2016)."""
+    """Two 3x3 convolutions beside an identity (He et al., 2016); at first the identity alone."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = _norm_conv(channels, channels)
-        self.second = _norm_conv(channels, channels)
-        norm = self.second[1]
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.zeros_(norm.weight)
+        self.first = NormConv(channels, channels)
+        self.second = NormConv(channels, channels)
+        nn.init.zeros_(self.second.norm.weight)
 
     def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         return (maps + self.second(self.first(maps).relu())).relu()
@@ -61,14 +66,14 @@ class StemViT(Backbone, Resizable):
         blocks: Any = load_timm().models.vision_transformer.Block
         half, quarter, eighth = channels
         self.stem4 = nn.Sequential(
-            _norm_conv(3, half, 3, 2),
+            NormConv(3, half, 2),
             nn.ReLU(),
-            _norm_conv(half, quarter, 3, 2),
+            NormConv(half, quarter, 2),
             nn.ReLU(),
             *(Residual(quarter) for _ in range(residuals[0])),
         )
         self.stem8 = nn.Sequential(
-            _norm_conv(quarter, eighth, 3, 2), nn.ReLU(), *(Residual(eighth) for _ in range(residuals[1]))
+            NormConv(quarter, eighth, 2), nn.ReLU(), *(Residual(eighth) for _ in range(residuals[1]))
         )
         self.stem16 = nn.Conv2d(eighth, width, 3, 2, 1)
         grid = (-(-size[0] // 16), -(-size[1] // 16))
@@ -80,7 +85,7 @@ class StemViT(Backbone, Resizable):
         )
         self.norm = nn.LayerNorm(width)
         self.lateral = nn.ModuleList(nn.Conv2d(inputs, channels_out, 1) for inputs in (quarter, eighth, width))
-        self.smooth = nn.ModuleList(_norm_conv(channels_out, channels_out) for _ in range(2))
+        self.smooth = nn.ModuleList(NormConv(channels_out, channels_out) for _ in range(2))
         self.channels = (channels_out,) * 3
         self.strides = (4, 8, 16)
         self.mean = mean

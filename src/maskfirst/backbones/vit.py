@@ -20,7 +20,8 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
-def _timm():
+def load_timm() -> Any:
+    """timm, or one line that says why it cannot be imported."""
     try:
         import timm
     except (ImportError, RuntimeError) as error:
