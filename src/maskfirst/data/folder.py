@@ -12,8 +12,8 @@ from jaxtyping import Int, Int32, Integer, UInt8
 from torch import Tensor
 
 from maskfirst.contracts import Dataset
-from maskfirst.data import vocabulary as vocabularies
 from maskfirst.data.images import IMAGE_ENDINGS, read_image, read_label_map
+from maskfirst.data.vocabulary import from_names, load, of_folder
 from maskfirst.errors import UserError, nearest
 from maskfirst.types import VOID, Sample, Vocabulary
 
@@ -170,7 +170,10 @@ class Paired(Dataset):
         return [pair.key for pair in self.pairs]
 
     def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
+        return self.sample(self.pairs[index])
+
+    def sample(self, pair: Pair) -> Sample:
+        """The pair as a sample. Raises ImageError and DataError."""
         image, values = self.read(pair)
         ids, classes = self.coding.decode(values, pair.label)
         return Sample(
@@ -225,11 +228,11 @@ class Folder(Paired):
         folders = [template.replace("{split}", split) for template in (images, labels)]
         listing = match(place, folders[0], folders[1], ending, limit)
         if vocabulary is None:
-            words = vocabularies.of_folder(place)
+            words = of_folder(place)
         elif isinstance(vocabulary, str):
-            words = vocabularies.load(vocabulary, place)
+            words = load(vocabulary, place)
         else:
-            words = vocabularies.from_names(vocabulary)
+            words = from_names(vocabulary)
         super().__init__(listing, Coding(words, shift, ignore, ids, colors))
 
 

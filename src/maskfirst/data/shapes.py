@@ -19,6 +19,7 @@ from PIL import Image
 from maskfirst.contracts import Dataset
 from maskfirst.data.folder import DataError, choose
 from maskfirst.data.vocabulary import load
+from maskfirst.draw import to_picture, write_label_map
 from maskfirst.files import write_aside, write_json
 from maskfirst.frames import Size
 from maskfirst.types import Sample
@@ -82,10 +83,9 @@ def write_demo(folder: Path | str, count: int = 12, size: tuple[int, int] = (192
             sample = scenes[index]
             picture = folder / "images" / split / f"{sample.key}.jpg"
             pictures.append(picture)
-            _save(picture, Image.fromarray(sample.image.permute(1, 2, 0).numpy()), "JPEG", quality=95)
-            labels = Image.fromarray(sample.truth.label_map().numpy().astype(np.uint8))
-            labels.putpalette([value for color in words.colors for value in color])
-            _save(folder / "annotations" / split / f"{sample.key}.png", labels, "PNG")
+            _save(picture, to_picture(sample.image), "JPEG", quality=95)
+            labels = folder / "annotations" / split / f"{sample.key}.png"
+            write_label_map(labels, sample.truth.label_map(), words)
             ids = sample.ids[0].numpy() + 1
             _save(folder / "coco" / f"panoptic_{split}" / f"{sample.key}.png", _painted(ids), "PNG")
             parts = _parts(ids, sample.classes.tolist(), scenes)
