@@ -129,17 +129,28 @@ class Segmenter(nn.Module):
     ) -> tasks.Rows:
         """The semantic scores (K, H, W) of one RGB picture 0..255, to be fetched by rows; the network has run."""
         original = (image.shape[-2], image.shape[-1])
-        views = []
         settings = self.inference
-        for view in settings.views(original, self.proposer.multiple, augment):
-            parts = [
-                (frame, tasks.crop(tasks.read_out(proposals, names, index, frame.outer, settings.order), frame.visible))
-                for frame, proposals, names, index in self._windows(image, view, truth)
-            ]
-            rows = tasks.enlarge(tasks.stitch(parts), original)
-            rows = tasks.flip(rows) if view.flipped else rows
-            views.append(tasks.softmax(rows) if augment and settings.average == "softmax" else rows)
-        return tasks.mean(views)
+        views = [
+            self.view_scores(image, view, truth) for view in settings.views(original, self.proposer.multiple, augment)
+        ]
+        return tasks.mean(
+            [tasks.softmax(rows) if augment and settings.average == "softmax" else rows for rows in views]
+        )
+
+    @torch.inference_mode()
+    def view_scores(
+        self, image: Float[Tensor, "3 H W"] | UInt8[Tensor, "3 H W"], view: Frame, truth: Segments | None = None
+    ) -> tasks.Rows:
+        """The semantic scores of one RGB picture seen in one way, brought back to the size `view.original`."""
+        parts = [
+            (
+                frame,
+                tasks.crop(tasks.read_out(proposals, names, index, frame.outer, self.inference.order), frame.visible),
+            )
+            for frame, proposals, names, index in self._windows(image, view, truth)
+        ]
+        rows = tasks.enlarge(tasks.stitch(parts), view.original)
+        return tasks.flip(rows) if view.flipped else rows
 
     def _windows(
         self, image: Tensor, view: Frame, truth: Segments | None

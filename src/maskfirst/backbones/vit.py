@@ -4,6 +4,7 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; tapped and shrunk as 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ class TimmViT(Trunk, Resizable):
 
     `size`: the square picture, px, whose grid the position table has; other grids interpolate it at run time.
     `drop_path_on`: the branches that are dropped in training, "mlp" (mmseg 0.24) or "both" (mmseg before and after).
-    `final_norm`: without it `norm` is the identity and has no parameters.
+    `final_norm`: without it `norm` is the identity and has no parameters. `norm_eps`: of every LayerNorm; None: the model's own.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TimmViT(Trunk, Resizable):
         drop_path: float = 0.0,
         drop_path_on: Literal["mlp", "both"] = "both",
         final_norm: bool = True,
+        norm_eps: float | None = None,
         pretrained: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
@@ -74,7 +76,14 @@ class TimmViT(Trunk, Resizable):
         known = timm.list_models("vit_*")
         if model not in known:
             raise ValueError(f"timm has no plain ViT '{model}'.{nearest(model, known)}")
-        chosen: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch}
+        norm = None if norm_eps is None else partial(timm.layers.LayerNorm, eps=norm_eps)
+        chosen: dict[str, Any] = {
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+            "patch_size": patch,
+            "norm_layer": norm,
+        }
         sides = max(size)
         self.vit: Any = timm.create_model(
             model,

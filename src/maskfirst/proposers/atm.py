@@ -97,6 +97,13 @@ class Entrance(nn.Module):
         return self.norm(self.proj(maps.flatten(2).transpose(1, 2)))
 
 
+class Tokens(nn.Module):
+    """One tap of the backbone as it is, row by row."""
+
+    def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N C"]:
+        return maps.flatten(2).transpose(1, 2)
+
+
 def _initialise(head: nn.Module) -> None:
     for module in head.modules():
         if isinstance(module, nn.Linear):
@@ -192,6 +199,13 @@ def _tasks(queries: int | None) -> frozenset[str]:
     return frozenset({"semantic"}) if queries is None else frozenset({"semantic", "instance", "panoptic"})
 
 
+def _last(guesses: list[Proposals], batch: Batch, resolution: Size | None, earlier: int | None) -> Proposals:
+    """The last guess as the answer; the first of the others ride along where there is truth to compare them with."""
+    last = guesses[-1]
+    kept = tuple(guesses[:-1][:earlier]) if batch.truth is not None else ()
+    return Proposals(last.masks, resolution=resolution, queries=last.queries, earlier=kept)
+
+
 ReadOut = Literal["size", "canvas"]
 
 
@@ -200,6 +214,7 @@ class ATM(Proposer):
 
     `queries` None: query c stands for class c (criterion `fixed`, as published); a number: free queries for criterion
     `set`. `read_out`: masks are enlarged to the recipe's `size` whatever the canvas, as published, or to the canvas.
+    `earlier`: how many of the guesses before the last are trained too, from the first on; None: all.
     """
 
     example: ClassVar[Mapping[str, Any]] = {
@@ -225,6 +240,7 @@ class ATM(Proposer):
         queries: int | None = None,
         dropout: float = 0.1,
         read_out: ReadOut = "size",
+        earlier: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -234,6 +250,7 @@ class ATM(Proposer):
         _initialise(self.entrances)
         self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout) for _ in range(stages))
         self.width = width
+        self.earlier = earlier
         self.tasks = _tasks(queries)
         self.mean = backbone.mean
         self.multiple = backbone.multiple
@@ -251,20 +268,14 @@ class ATM(Proposer):
             similarity = similarity.unflatten(2, grid)
             masks = similarity if masks is None else resize(masks, grid) + similarity
             stages.append(Proposals(masks, queries=tokens))
-        return _last(stages, batch, self.resolution)
-
-
-def _last(guesses: list[Proposals], batch: Batch, resolution: Size | None) -> Proposals:
-    """The last guess as the answer; the others ride along where there is truth to compare them with."""
-    *earlier, last = guesses
-    kept = tuple(earlier) if batch.truth is not None else ()
-    return Proposals(last.masks, resolution=resolution, queries=last.queries, earlier=kept)
+        return _last(stages, batch, self.resolution, self.earlier)
 
 
 class SingleATM(Proposer):
     """Many masks from one memory: every layer of every decoder gives its own, and the last one counts.
 
-    With several taps the memory is the sum of all, each projected and normed.
+    With several taps the memory is the sum of all, each projected and normed, deepest first; without `project` it is the
+    sum of the taps as they are, whose channels must then be `width`.
     """
 
     example: ClassVar[Mapping[str, Any]] = {**ATM.example, "kind": "atm_single"}
@@ -280,16 +291,23 @@ class SingleATM(Proposer):
         queries: int | None = None,
         dropout: float = 0.1,
         read_out: ReadOut = "size",
+        earlier: int | None = None,
+        project: bool = True,
     ) -> None:
         super().__init__()
         if len(set(backbone.strides)) > 1:
             raise ValueError(f"atm_single sums its taps, which must share one stride; got {list(backbone.strides)}")
+        if not project and set(backbone.channels) != {width}:
+            raise ValueError(f"project is false, so width {width} must be the taps' {list(backbone.channels)} channels")
         self.backbone = backbone
         self.queries = _class_tokens(queries, vocabulary, width)
-        self.entrances = nn.ModuleList(Entrance(channels, width) for channels in backbone.channels)
+        self.entrances = nn.ModuleList(
+            Entrance(channels, width) if project else Tokens() for channels in reversed(backbone.channels)
+        )
         _initialise(self.entrances)
         self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout) for _ in backbone.channels)
         self.width = width
+        self.earlier = earlier
         self.tasks = _tasks(queries)
         self.mean = backbone.mean
         self.multiple = backbone.multiple
@@ -298,14 +316,15 @@ class SingleATM(Proposer):
     def forward(self, batch: Batch) -> Proposals:
         maps = self.backbone(batch.pixels)
         grid = (maps[-1].shape[-2], maps[-1].shape[-1])
-        memory = torch.stack([entrance(tap) for entrance, tap in zip(self.entrances, maps, strict=True)]).sum(0)
+        entered = [entrance(tap) for entrance, tap in zip(self.entrances, reversed(maps), strict=True)]
+        memory = torch.stack(entered).sum(0)
         tokens = self.queries.weight.expand(len(batch), -1, -1)
         guesses = []
         for layers in cast("Iterable[Decoder]", self.decoders):
             guessed = layers.with_similarity(tokens, memory)
             guesses += [Proposals(similarity.unflatten(2, grid), queries=queries) for queries, similarity in guessed]
             tokens = guessed[-1][0]
-        return _last(guesses, batch, self.resolution)
+        return _last(guesses, batch, self.resolution, self.earlier)
 
 
 class ShrunkATM(Proposer):
@@ -329,6 +348,7 @@ class ShrunkATM(Proposer):
         heads: int = 16,
         layers: int = 3,
         dropout: float = 0.1,
+        earlier: int | None = None,
     ) -> None:
         super().__init__()
         if size[0] != size[1]:
@@ -343,6 +363,7 @@ class ShrunkATM(Proposer):
         self.queries = Queries(len(vocabulary), width)
         self.masks = Decoder(layers, width, heads, dropout)
         self.width = width
+        self.earlier = earlier
         self.tasks = _tasks(None)
         self.mean = backbone.mean
         self.multiple = backbone.multiple
@@ -359,4 +380,4 @@ class ShrunkATM(Proposer):
             Proposals(similarity.unflatten(2, (side, side)), queries=tokens)
             for tokens, similarity in self.masks.with_similarity(tokens, places)
         ]
-        return _last(guesses, batch, self.resolution)
+        return _last(guesses, batch, self.resolution, self.earlier)
