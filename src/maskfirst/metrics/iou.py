@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
 from maskfirst.types import VOID
@@ -63,19 +63,27 @@ class ConfusionMatrix:
         """Pixels of each class in the truth."""
         return self.counts.sum(1)
 
-    def scores(self, names: Sequence[str]) -> dict[str, Any]:
-        """`mIoU`, `mAcc`, `aAcc` and, by name, `IoU` and `Acc`; fractions 0..1.
+    @property
+    def iou(self) -> Float64[Tensor, " K"]:
+        """Intersection over union of each class, 0..1; NaN for one in neither truth nor prediction."""
+        hit, predicted = self.counts[:, :-1].diagonal(), self.counts[:, :-1].sum(0)
+        return hit.double() / (self.truth + predicted - hit).double()
 
-        NaN where a score has no pixels to stand on: the IoU of a class in neither truth nor prediction, the accuracy of a
-        class absent from the truth. Means leave NaN out. `names`: one a class, in their order.
+    @property
+    def accuracy(self) -> Float64[Tensor, " K"]:
+        """The share of each class's pixels that were found, 0..1; NaN for one that is not in the truth."""
+        return self.counts[:, :-1].diagonal().double() / self.truth.double()
+
+    def scores(self, names: Sequence[str]) -> dict[str, Any]:
+        """`mIoU`, `mAcc`, `aAcc` and, by name, `IoU` and `Acc`; means leave NaN out, and are NaN where nothing is left.
+
+        `aAcc` is the share of all pixels found. `names`: one a class, in their order.
         """
-        counts = self.counts.double()
-        hit, truth, predicted = counts[:, :-1].diagonal(), counts.sum(1), counts[:, :-1].sum(0)
-        iou, accuracy = hit / (truth + predicted - hit), hit / truth
+        hit = self.counts[:, :-1].diagonal().sum().double()
         return {
-            "mIoU": float(iou.nanmean()),
-            "aAcc": float(hit.sum() / truth.sum()),
-            "mAcc": float(accuracy.nanmean()),
-            "IoU": dict(zip(names, iou.tolist(), strict=True)),
-            "Acc": dict(zip(names, accuracy.tolist(), strict=True)),
+            "mIoU": self.iou.nanmean().item(),
+            "aAcc": (hit / self.truth.sum()).item(),
+            "mAcc": self.accuracy.nanmean().item(),
+            "IoU": dict(zip(names, self.iou.tolist(), strict=True)),
+            "Acc": dict(zip(names, self.accuracy.tolist(), strict=True)),
         }

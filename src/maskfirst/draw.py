@@ -1,0 +1,265 @@
+"""Pictures of segments: overlays with a legend, contact sheets, truth beside prediction, and label maps as PNG."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Int16, Int64, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from maskfirst.files import write_aside
+from maskfirst.frames import Size
+from maskfirst.types import VOID, Segments, Vocabulary
+
+Color = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+PAPER: Color = (255, 255, 255)
+INK: Color = (32, 33, 36)
+MUTED: Color = (112, 116, 122)
+TINTS = (0.0, 0.35, -0.3, 0.6, -0.5)
+"""Share of white (above 0) or of black (below) mixed into the colour of the 1st, 2nd, ... segment of a class."""
+MOST_BYTE_CLASSES = 254
+"""With more classes a label map has 16 bits a pixel, and 65535 instead of 255 for void."""
+LONGEST_JPEG = 65500
+"""px a side; libjpeg's limit."""
+PANEL_SIDES = (360, 960)
+"""px, least and most, of the longer side of a picture in `side_by_side`."""
+
+
+def segment_map(segments: Segments) -> Int16[Tensor, "H W"]:
+    """The index of the segment at every pixel, VOID for none, on the CPU; where segments overlap the later one wins."""
+    order = torch.full(segments.masks.shape[-2:], VOID, dtype=torch.int16, device=segments.masks.device)
+    for index, mask in enumerate(segments.masks):
+        order.masked_fill_(mask, index)
+    return order.cpu()
+
+
+def segment_colors(classes: Int64[Tensor, " N"], vocabulary: Vocabulary) -> list[Color]:
+    """A colour for each segment: its class's, tinted from the second segment of a class on."""
+    seen: dict[int, int] = {}
+    colors = []
+    for index in classes.tolist():
+        seen[index] = seen.get(index, -1) + 1
+        tint = TINTS[seen[index] % len(TINTS)]
+        red, green, blue = (round(v + ((255 if tint > 0 else 0) - v) * abs(tint)) for v in vocabulary.colors[index])
+        colors.append((red, green, blue))
+    return colors
+
+
+def contours(order: Int16[Tensor, "H W"]) -> Bool[np.ndarray, "H W"]:
+    """The pixels on both sides of every border between segments; the wider, the larger the picture.
+
+    Drawn by numpy, not torch, like all that writers do in threads: each would start torch's thread pool anew.
+    """
+    width = max(1, round(max(order.shape) / 600))
+    edge = np.zeros(order.shape, bool)
+    for values, marks in ((order.numpy(), edge), (order.numpy().T, edge.T)):
+        differs = values[width:] != values[:-width]
+        marks[width:] |= differs
+        marks[:-width] |= differs
+    return edge
+
+
+def to_picture(image: UInt8[Tensor, "3 H W"]) -> Image.Image:
+    """The RGB tensor as a picture of Pillow's."""
+    return Image.fromarray(np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0)))
+
+
+def overlay(
+    image: UInt8[Tensor, "3 H W"], segments: Segments, vocabulary: Vocabulary, opacity: float = 0.5
+) -> Image.Image:
+    """The picture under the colours of its segments, each with an opaque contour; void pixels stay as they are.
+
+    `opacity` 0..1 of the fill. The size is the picture's.
+    """
+    return paint(to_picture(image), segment_map(segments), segment_colors(segments.classes, vocabulary), opacity)
+
+
+def paint(
+    picture: Image.Image, order: Int16[Tensor, "H W"], colors: Sequence[Color], opacity: float = 0.5
+) -> Image.Image:
+    """`overlay` from a segment map of the picture's size, with one colour a segment. A new picture."""
+    indices = order.numpy()
+    # (r, g, b, opacity) of each segment as one 32-bit word, which is looked up at once; void is the last (index -1).
+    words = np.zeros((len(colors) + 1, 4), np.uint8)
+    words[:-1, :3] = np.array(colors, np.uint8).reshape(-1, 3)
+    words[:-1, 3] = round(255 * opacity)
+    layer = words.view(np.uint32)[:, 0].take(indices, mode="wrap").view(np.uint8).reshape(*indices.shape, 4)
+    layer[..., 3][contours(order) & (indices != VOID)] = 255
+    cover = Image.fromarray(layer)
+    painted = picture.copy()
+    painted.paste(cover, mask=cover)
+    return painted
+
+
+def legend(
+    vocabulary: Vocabulary,
+    classes: Sequence[int],
+    shares: Sequence[float] | None = None,
+    *,
+    width: int,
+    text: int | None = None,
+    margin: int | None = None,
+) -> Image.Image:
+    """A strip that tells the colours of `classes`, in rows from left to right, each with its share of the picture if given.
+
+    `shares` 0..1. `width`, px, is exceeded only where not even one column fits. `text` and `margin`, px: the size of the
+    letters and the space at the left and right.
+    """
+    text = text or text_size(width)
+    font, gap = _font(text), math.ceil(text * 0.5)
+    margin = gap if margin is None else margin
+    names = [_shortened(vocabulary.names[index], font, 16 * text) for index in classes]
+    amounts = [_percent(share) for share in shares] if shares is not None else [""] * len(names)
+    name_width = max((math.ceil(font.getlength(name)) for name in names), default=0)
+    amount_width = max((math.ceil(font.getlength(amount)) for amount in amounts), default=0)
+    cell = text + gap + name_width + (gap + amount_width if amount_width else 0)
+    gutter, row = 3 * gap, math.ceil(1.6 * text)
+    columns = max(1, min(len(names), (width - 2 * margin + gutter) // (cell + gutter)))
+    strip = Image.new(
+        "RGB", (max(width, cell + 2 * margin), math.ceil(len(names) / columns) * row + (gap if names else 0)), PAPER
+    )
+    pen = ImageDraw.Draw(strip)
+    for place, (index, name, amount) in enumerate(zip(classes, names, amounts, strict=True)):
+        x, y = margin + place % columns * (cell + gutter), gap // 2 + place // columns * row
+        middle, top = y + row // 2, y + (row - text) // 2
+        pen.rectangle((x, top, x + text - 1, top + text - 1), fill=vocabulary.colors[index], outline=MUTED)
+        pen.text((x + text + gap, middle), name, fill=INK, font=font, anchor="lm")
+        pen.text((x + cell, middle), amount, fill=MUTED, font=font, anchor="rm")
+    return strip
+
+
+def below(*pictures: Image.Image) -> Image.Image:
+    """The pictures one below the other on white, flush left."""
+    page = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER)
+    top = 0
+    for picture in pictures:
+        page.paste(picture, (0, top))
+        top += picture.height
+    return page
+
+
+def contact_sheet(
+    items: Sequence[tuple[UInt8[Tensor, "3 _H _W"], Segments, str]],
+    vocabulary: Vocabulary,
+    columns: int = 4,
+    side: int = 320,
+) -> Image.Image:
+    """Many overlays on one page with their titles, and one legend of the classes that occur. `side`: px of a tile."""
+    if not items:
+        raise ValueError("a contact sheet needs at least one picture")
+    tiles = [_panel(image, segments, vocabulary, title, (side, side)) for image, segments, title in items]
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    sheet = below(*(_beside(row, side) for row in rows))
+    occurring = sorted({index for _, segments, _ in items for index in segments.classes.tolist()})
+    return below(sheet, legend(vocabulary, occurring, width=sheet.width, text=text_size(side), margin=_margin(side)))
+
+
+def side_by_side(
+    image: UInt8[Tensor, "3 H W"], truth: Segments, prediction: Segments, vocabulary: Vocabulary, title: str = ""
+) -> Image.Image:
+    """The picture, the truth and the prediction in a row, above a legend of the classes of both."""
+    nothing = truth[:0]
+    panels = [
+        _panel(image, segments, vocabulary, name, PANEL_SIDES)
+        for segments, name in ((nothing, title or "image"), (truth, "truth"), (prediction, "prediction"))
+    ]
+    width = max(panel.width for panel in panels)
+    row = _beside(panels, width)
+    occurring = sorted({*truth.classes.tolist(), *prediction.classes.tolist()})
+    return below(row, legend(vocabulary, occurring, width=row.width, text=text_size(width), margin=_margin(width)))
+
+
+def write_label_map(
+    path: Path | str, labels: Int[Tensor, "H W"], vocabulary: Vocabulary, notes: dict[str, str] | None = None
+) -> None:
+    """A PNG whose pixel values are the classes and whose palette has their colours; 255 (black) is void.
+
+    With more than 254 classes the PNG is grey with 16 bits a pixel, and 65535 is void. `notes`: text kept in the PNG.
+    """
+    info = PngInfo()
+    for name, note in (notes or {}).items():
+        info.add_itxt(name, note)
+    # Void, -1, becomes the largest number of either type.
+    if len(vocabulary) > MOST_BYTE_CLASSES:
+        picture = Image.fromarray(labels.cpu().numpy().astype(np.uint16))
+    else:
+        picture = Image.fromarray(labels.cpu().numpy().astype(np.uint8))
+        picture.putpalette([v for color in vocabulary.colors for v in color] + [0] * 3 * (256 - len(vocabulary)))
+    with write_aside(path) as aside:
+        # Run-length matches make label maps both smaller and twice as fast to write as the default search.
+        picture.save(aside, format="PNG", pnginfo=info, compress_level=6, compress_type=3)
+
+
+def write_overlay(path: Path | str, picture: Image.Image) -> None:
+    """A JPEG with sharp colours; shrunk where a side is longer than a JPEG can be."""
+    if max(picture.size) > LONGEST_JPEG:
+        picture = picture.copy()
+        picture.thumbnail((LONGEST_JPEG, LONGEST_JPEG))
+    with write_aside(path) as aside:
+        picture.save(aside, format="JPEG", quality=92, subsampling=0)
+
+
+def text_size(width: int) -> int:
+    """px of letters that can be read in a picture `width` px wide, however small it is shown."""
+    return max(12, round(width / 40))
+
+
+@lru_cache(maxsize=32)
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+def _percent(share: float) -> str:
+    return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+
+
+def _shortened(text: str, font: Font, width: int) -> str:
+    """The text, or as much of its beginning and end as fits `width` px."""
+    if font.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 0, -1):
+        short = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+        if font.getlength(short) <= width:
+            return short
+    return "…"
+
+
+def _panel(
+    image: UInt8[Tensor, "3 H W"], segments: Segments, vocabulary: Vocabulary, title: str, sides: tuple[int, int]
+) -> Image.Image:
+    """An overlay, its longer side brought into `sides` (least, most) px, under its title."""
+    longer = max(image.shape[-2:])
+    factor = min(max(longer, sides[0]), sides[1]) / longer
+    height, width = (max(1, round(length * factor)) for length in image.shape[-2:])
+    picture = to_picture(image).resize((width, height), Image.Resampling.BICUBIC)
+    order = _nearest(segment_map(segments), (height, width))
+    painted = paint(picture, order, segment_colors(segments.classes, vocabulary))
+    text = text_size(max(width, height))
+    head = Image.new("RGB", (width, math.ceil(1.8 * text)), PAPER)
+    caption = _shortened(title, _font(text), width - text)
+    ImageDraw.Draw(head).text((0, head.height // 2), caption, fill=INK, font=_font(text), anchor="lm")
+    return below(head, painted)
+
+
+def _nearest(order: Int16[Tensor, "H W"], size: Size) -> Int16[Tensor, "h w"]:
+    rows, columns = (((torch.arange(new) + 0.5) * old / new).long() for old, new in zip(order.shape, size, strict=True))
+    return order[rows][:, columns]
+
+
+def _beside(panels: Sequence[Image.Image], width: int) -> Image.Image:
+    """The panels in columns of `width` px with a margin around each, tops aligned."""
+    margin = _margin(width)
+    row = Image.new("RGB", (len(panels) * (width + margin) + margin, max(p.height for p in panels) + margin), PAPER)
+    for place, panel in enumerate(panels):
+        row.paste(panel, (margin + place * (width + margin), 0))
+    return row
+
+
+def _margin(width: int) -> int:
+    return math.ceil(width / 40)

@@ -1,0 +1,197 @@
+"""Pictures hold what they should: colours where segments are, legends that fit, label maps that read back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskfirst import draw
+from maskfirst.data.images import read_label_map
+from maskfirst.types import VOID, Segments, Vocabulary
+
+RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
+VOCABULARY = Vocabulary(("sky", "road", "car"), frozenset({2}), (RED, GREEN, BLUE), (0, 1, 2))
+
+
+def many(count: int) -> Vocabulary:
+    colors = tuple((index % 256, index // 256, 128) for index in range(count))
+    return Vocabulary(tuple(f"class {index}" for index in range(count)), frozenset(), colors, tuple(range(count)))
+
+
+def scene(height: int = 40, width: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """A grey picture; sky on the left, road on the right, void in the lower third."""
+    labels = torch.zeros(height, width, dtype=torch.int64)
+    labels[:, width // 2 :] = 1
+    labels[2 * height // 3 :] = VOID
+    return torch.full((3, height, width), 100, dtype=torch.uint8), labels
+
+
+def colors_in(picture: Image.Image) -> set:
+    return {color for _, color in picture.getcolors(picture.width * picture.height) or ()}
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        picture.load()
+    return picture
+
+
+def inked(picture: Image.Image) -> np.ndarray:
+    return (np.asarray(picture) != 255).any(-1)
+
+
+def test_overlay_mixes_colour_into_the_fill_and_leaves_void_alone():
+    image, labels = scene()
+    painted = np.asarray(draw.overlay(image, Segments.from_label_map(labels), VOCABULARY, opacity=0.25))
+    assert painted.shape == (40, 60, 3)
+    assert painted[10, 10].tolist() == pytest.approx([125, 75, 75], abs=1)
+    assert painted[10, 50].tolist() == pytest.approx([75, 125, 75], abs=1)
+    assert (painted[labels.numpy() == VOID] == 100).all()
+
+
+def test_contours_are_opaque_on_both_sides_of_a_border_and_nowhere_else():
+    image, labels = scene()
+    painted = np.asarray(draw.overlay(image, Segments.from_label_map(labels), VOCABULARY))
+    assert painted[10, 29].tolist() == list(RED)
+    assert painted[10, 30].tolist() == list(GREEN)
+    assert painted[25, 10].tolist() == list(RED), "along void as well"
+    assert painted[0, 0].tolist() != list(RED), "the picture's own border is no contour"
+    assert (painted[10] == RED).all(-1).sum() == 1
+
+
+def test_opacity_0_leaves_contours_only():
+    image, labels = scene()
+    painted = np.asarray(draw.overlay(image, Segments.from_label_map(labels), VOCABULARY, opacity=0.0))
+    edge = draw.contours(draw.segment_map(Segments.from_label_map(labels))) & (labels.numpy() != VOID)
+    assert (painted[~edge] == 100).all()
+    assert (painted[edge] != 100).any(-1).all()
+
+
+def test_no_segments_give_the_picture_itself():
+    image, _ = scene()
+    empty = Segments.from_label_map(torch.full((40, 60), VOID))
+    assert (np.asarray(draw.overlay(image, empty, VOCABULARY)) == 100).all()
+
+
+def test_later_segments_lie_on_top_as_in_the_label_map():
+    masks = torch.zeros(2, 4, 6, dtype=torch.bool)
+    masks[0, :, :4] = masks[1, :, 2:] = True
+    segments = Segments(masks, torch.tensor([1, 0]), torch.ones(2), torch.zeros(2, dtype=torch.bool))
+    order = draw.segment_map(segments)
+    assert order[0].tolist() == [0, 0, 1, 1, 1, 1]
+    assert torch.equal(segments.classes[order.long()], segments.label_map())
+
+
+def test_things_of_one_class_get_colours_of_their_own_near_the_class():
+    colors = draw.segment_colors(torch.tensor([2, 0, 2, 2, 2]), VOCABULARY)
+    assert colors[:2] == [BLUE, RED]
+    assert len(set(colors)) == 5
+    assert all(max(color) == color[2] for color in (colors[0], *colors[2:])), "blue stays blue"
+
+
+@pytest.mark.parametrize("width", [40, 300, 480, 2000])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_no_legend_clips_its_text(width, count):
+    vocabulary = many(count)
+    strip = draw.legend(vocabulary, list(range(count)), [1 / count] * count, width=width)
+    assert strip.width >= width
+    ink = inked(strip)
+    assert not ink[0].any()
+    assert not ink[-1].any()
+    assert not ink[:, 0].any()
+    assert not ink[:, -1].any()
+    assert colors_in(strip) >= set(vocabulary.colors)
+
+
+def test_legend_columns_are_aligned_and_fill_the_width_they_have():
+    vocabulary, width = many(12), 600
+    strip = np.asarray(draw.legend(vocabulary, list(range(12)), [1 / 12] * 12, width=width))
+    corners = [tuple(np.argwhere((strip == color).all(-1))[0]) for color in vocabulary.colors]
+    rows, columns = sorted({y for y, _ in corners}), sorted({x for _, x in corners})
+    assert len(rows) * len(columns) >= 12 > len(rows) * len(columns) - len(columns)
+    assert len(set(np.diff(columns))) <= 1
+    assert len(set(np.diff(rows))) <= 1
+    assert len(columns) >= 3
+
+
+def test_letters_grow_with_the_picture():
+    small, large = (draw.legend(VOCABULARY, [0], width=width) for width in (480, 1920))
+    assert large.height > 3 * small.height
+    assert draw.text_size(64) == draw.text_size(300) == 12
+
+
+def test_a_name_that_is_too_long_keeps_its_ends():
+    name = "traffic light for pedestrians, trams, and everybody else on the northern side"
+    long = Vocabulary((name,), frozenset(), (RED,), (0,))
+    assert draw.legend(long, [0], width=200).width < 300
+
+
+def test_a_contact_sheet_shows_every_picture_at_one_size():
+    image, labels = scene()
+    tall = torch.full((3, 90, 30), 100, dtype=torch.uint8)
+    items = [(image, Segments.from_label_map(labels), f"picture {i}") for i in range(4)]
+    items.append((tall, Segments.from_label_map(torch.full((90, 30), 2)), "a/very/long/path/that/fits/nowhere.png"))
+    sheet = draw.contact_sheet(items, VOCABULARY, columns=3, side=120)
+    assert 3 * 120 < sheet.width < 3 * 120 + 40
+    assert sheet.height > 2 * 120
+    assert not inked(sheet)[:, -1].any()
+    assert colors_in(sheet) >= {RED, GREEN, BLUE}
+    with pytest.raises(ValueError, match="at least one"):
+        draw.contact_sheet([], VOCABULARY)
+
+
+def test_side_by_side_shows_picture_truth_and_prediction():
+    image, labels = scene(360, 480)
+    truth, prediction = Segments.from_label_map(labels), Segments.from_label_map(torch.full((360, 480), 2))
+    page = np.asarray(draw.side_by_side(image, truth, prediction, VOCABULARY, "street 7"))
+    thirds = np.array_split(page[60:330], 3, axis=1)
+    greys = [(third == 100).all(-1).mean() for third in thirds]
+    assert greys[0] > 0.9
+    assert greys[1] == pytest.approx(1 / 3, abs=0.1)
+    assert greys[2] == 0
+    assert (page == GREEN).all(-1).any()
+    assert (page == BLUE).all(-1).any()
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (3, 700), (700, 3), (3000, 1500)])
+def test_panels_of_any_shape(height, width):
+    image, labels = scene(height, width)
+    segments = Segments.from_label_map(labels)
+    page = draw.side_by_side(image, segments, segments, VOCABULARY)
+    assert page.width < 3100
+    assert page.height < 1300
+
+
+@pytest.mark.parametrize(
+    ("count", "void", "dtype"), [(3, 255, np.uint8), (254, 255, np.uint8), (300, 65535, np.uint16)]
+)
+def test_label_maps_read_back(tmp_path, count, void, dtype):
+    labels = torch.randint(VOID, count, (20, 30))
+    labels[0, :2] = torch.tensor([VOID, count - 1])
+    draw.write_label_map(tmp_path / "map.png", labels, many(count), {"Source": "straße.jpg"})
+    values = read_label_map(tmp_path / "map.png")
+    assert values.dtype == dtype
+    assert (values == np.where(labels == VOID, void, labels)).all()
+    assert opened(tmp_path / "map.png").info["Source"] == "straße.jpg"
+    assert [path.name for path in tmp_path.iterdir()] == ["map.png"], "nothing is left beside it"
+
+
+def test_a_label_map_shows_the_colours_of_its_classes(tmp_path):
+    draw.write_label_map(tmp_path / "map.png", torch.tensor([[0, 1, 2, VOID]]), VOCABULARY)
+    picture = opened(tmp_path / "map.png").convert("RGB")
+    assert np.asarray(picture)[0].tolist() == [list(RED), list(GREEN), list(BLUE), [0, 0, 0]]
+
+
+def test_overlays_keep_their_colours_on_disk(tmp_path):
+    image, labels = scene(64, 64)
+    painted = draw.overlay(image, Segments.from_label_map(labels), VOCABULARY)
+    draw.write_overlay(tmp_path / "deep" / "overlay.jpg", painted)
+    back = np.asarray(opened(tmp_path / "deep" / "overlay.jpg")).astype(int)
+    assert np.abs(back - np.asarray(painted)).mean() < 4
+
+
+def test_a_picture_longer_than_a_jpeg_can_be_is_shrunk(tmp_path):
+    draw.write_overlay(tmp_path / "long.jpg", Image.new("RGB", (70_000, 20), RED))
+    assert opened(tmp_path / "long.jpg").width == draw.LONGEST_JPEG
