@@ -1,0 +1,306 @@
+"""Prediction of files: what is written, under which names, and what happens to files that cannot be read."""
+
+import json
+import os
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskfirst.data.images import read_image, read_label_map
+from maskfirst.errors import UserError
+from maskfirst.files import DiskError
+from maskfirst.predict import ahead, find_pictures, predict_files
+from threshold import Threshold
+
+
+def save(path: Path, dark: float = 0.25, size: tuple[int, int] = (30, 40)) -> Path:
+    """A picture of `size` (height, width) px, its upper part dark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.full((*size, 3), 220, np.uint8)
+    values[: round(dark * size[0])] = 30
+    Image.fromarray(values).save(path, quality=95)
+    return path
+
+
+def names(paths: list[Path], below: Path | None = None) -> dict[str, str]:
+    """What each picture found is called."""
+    return {str(each.file.relative_to(below) if below else each.file): each.name for each in find_pictures(paths)}
+
+
+def written(out: Path) -> list[str]:
+    return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+
+
+def test_a_folder_becomes_label_maps_overlays_and_a_summary(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    save(tmp_path / "in" / "deep" / "b.png", dark=1.0, size=(20, 24))
+    out = tmp_path / "out"
+    summary = predict_files(Threshold(), [tmp_path / "in"], out)
+    assert written(out) == [
+        "labels/a.png",
+        "labels/deep/b.png",
+        "overlays/a.jpg",
+        "overlays/deep/b.jpg",
+        "summary.json",
+    ]
+    labels = read_label_map(out / "labels/a.png")
+    assert labels.shape == (30, 40)
+    assert (labels[:8] == 0).all()
+    assert (labels[8:] == 1).all()
+    overlay = read_image(out / "overlays/a.jpg")
+    assert overlay.shape[1] > 30, "the legend lies below the picture"
+    share = 8 / 30
+    assert json.loads((out / "summary.json").read_text()) == summary.as_json() == {
+        "images": [
+            {
+                "file": str(tmp_path / "in" / "a.png"),
+                "labels": "labels/a.png",
+                "overlay": "overlays/a.jpg",
+                "height": 30,
+                "width": 40,
+                "classes": {"bright": round(1 - share, 6), "dark": round(share, 6)},
+            },
+            {
+                "file": str(tmp_path / "in" / "deep" / "b.png"),
+                "labels": "labels/deep/b.png",
+                "overlay": "overlays/deep/b.jpg",
+                "height": 20,
+                "width": 24,
+                "classes": {"dark": 1.0},
+            },
+        ],
+        "failed": [],
+    }  # fmt: skip
+
+
+def test_void_has_no_share(tmp_path):
+    Image.fromarray(np.repeat(np.uint8([[[0] * 3], [[255] * 3]]), 4, axis=1)).save(tmp_path / "a.png")
+    summary = predict_files(Threshold(), [tmp_path / "a.png"], tmp_path / "out")
+    assert summary.images[0]["classes"] == {"bright": 0.5}
+    assert read_label_map(tmp_path / "out/labels/a.png").tolist() == [[255] * 4, [1] * 4]
+
+
+def test_overlays_can_be_left_out_and_coloured(tmp_path):
+    save(tmp_path / "a.png", dark=1.0)
+    bare = predict_files(Threshold(), [tmp_path / "a.png"], tmp_path / "bare", overlays=False)
+    assert written(tmp_path / "bare") == ["labels/a.png", "summary.json"]
+    assert bare.images[0]["overlay"] is None
+    colors = ((0, 255, 0), (1, 1, 1), (2, 2, 2))
+    predict_files(Threshold(), [tmp_path / "a.png"], tmp_path / "out", opacity=1.0, colors=colors)
+    assert read_image(tmp_path / "out/overlays/a.jpg")[:, 10, 20].tolist() == pytest.approx([0, 255, 0], abs=6)
+
+
+def test_a_corrupt_file_is_named_and_the_rest_is_done(tmp_path):
+    for name in ("a.png", "c.png"):
+        save(tmp_path / "in" / name)
+    (tmp_path / "in" / "b.jpg").write_bytes(b"\xff\xd8\xff and then nothing of use")
+    (tmp_path / "in" / "d.png").write_bytes(b"")
+    told = []
+    summary = predict_files(
+        Threshold(), [tmp_path / "in"], tmp_path / "out", progress=lambda *numbers: told.append(numbers)
+    )
+    assert [Path(entry["file"]).name for entry in summary.images] == ["a.png", "c.png"]
+    assert [entry["file"] for entry in summary.failed] == [str(tmp_path / "in" / name) for name in ("b.jpg", "d.png")]
+    assert all(entry["file"] in entry["error"] for entry in summary.failed)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert json.loads((tmp_path / "out/summary.json").read_text())["failed"] == summary.failed
+
+
+def test_files_folders_and_globs_give_pictures_once_and_in_order(tmp_path):
+    for name in ("a.png", "b.JPG", "deep/c.webp", ".hidden.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    every = {"a.png": "a", "b.JPG": "b", "deep/c.webp": "deep/c"}
+    assert names([tmp_path], tmp_path) == every
+    assert names([tmp_path / "**" / "*"], tmp_path) == every
+    assert names([tmp_path / "*"], tmp_path) == {"a.png": "a", "b.JPG": "b"}
+    assert names([tmp_path / "deep" / "c.webp", tmp_path], tmp_path) == {"deep/c.webp": "c", "a.png": "a", "b.JPG": "b"}
+    assert names([tmp_path / "[ab].*"], tmp_path) == {"a.png": "a", "b.JPG": "b"}
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
+    assert names([save(tmp_path / "shot [1].png")], tmp_path) == {"shot [1].png": "shot [1]"}
+
+
+def test_a_file_given_by_name_is_tried_whatever_its_ending(tmp_path):
+    (tmp_path / "a.data").write_bytes(save(tmp_path / "a.png").read_bytes())
+    summary = predict_files(Threshold(), [tmp_path / "a.data"], tmp_path / "out")
+    assert summary.images[0]["labels"] == "labels/a.png"
+
+
+def test_names_that_clash_are_told_apart(tmp_path):
+    files = [save(tmp_path / name) for name in ("a/x.png", "b/x.png", "b/x.jpg", "b/y.png", "c/z.png", "c/Z.png")]
+    assert names(files, tmp_path) == {
+        "a/x.png": "a/x",
+        "b/x.png": "b/x.png",
+        "b/x.jpg": "b/x.jpg",
+        "b/y.png": "y",
+        "c/z.png": "c/z.png",
+        "c/Z.png": "c/Z.png-2",
+    }
+    assert names([tmp_path / "a", tmp_path / "b"], tmp_path) == {
+        "a/x.png": "a/x",
+        "b/x.png": "b/x.png",
+        "b/x.jpg": "b/x.jpg",
+        "b/y.png": "y",
+    }
+    assert names([tmp_path / "a"], tmp_path) == {"a/x.png": "x"}
+
+
+def test_pictures_whose_names_clash_all_arrive(tmp_path):
+    save(tmp_path / "x.png", dark=0.5)
+    save(tmp_path / "x.jpg", dark=1.0)
+    summary = predict_files(Threshold(), [tmp_path / "x.png", tmp_path / "x.jpg"], tmp_path / "out")
+    assert [entry["labels"] for entry in summary.images] == ["labels/x.png.png", "labels/x.jpg.png"]
+    assert (read_label_map(tmp_path / "out/labels/x.jpg.png") == 0).all()
+    assert (read_label_map(tmp_path / "out/labels/x.png.png")[-1] == 1).all()
+
+
+def test_own_output_is_not_taken_for_input(tmp_path):
+    save(tmp_path / "a.png")
+    for _ in range(2):
+        summary = predict_files(Threshold(), [tmp_path], tmp_path / "out")
+        assert [entry["labels"] for entry in summary.images] == ["labels/a.png"]
+
+
+def test_pictures_and_output_may_share_a_folder(tmp_path):
+    save(tmp_path / "a.png")
+    for _ in range(2):
+        for path in (tmp_path, tmp_path / "**" / "*"):
+            assert [entry["labels"] for entry in predict_files(Threshold(), [path], tmp_path).images] == [
+                "labels/a.png"
+            ]
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("strete.png", "strete.png: no such file or folder. Did you mean 'street.png'?"),
+        ("nowhere/a.png", "nowhere/a.png: no such file or folder."),
+        ("empty", "empty: no picture found here; looked for names that end in .jpg, .jpeg, .png"),
+        ("*.gif", "*.gif: no picture found here"),
+    ],
+)
+def test_nothing_to_read_is_said_in_a_sentence(tmp_path, monkeypatch, path, sentence):
+    save(tmp_path / "street.png")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        predict_files(Threshold(), ["street.png", path], "out")
+    assert str(caught.value).startswith(sentence)
+    assert not Path("out").exists()
+
+
+def test_resume_does_what_is_missing_and_nothing_else(tmp_path):
+    for name in "abcd":
+        save(tmp_path / "in" / f"{name}.png", dark=0.5)
+    out, segmenter = tmp_path / "out", Threshold()
+    whole = predict_files(segmenter, [tmp_path / "in"], out, resume=True)
+    assert len(segmenter.calls) == 4
+    (out / "summary.json").unlink()
+    (out / "labels/a.png").unlink()
+    (out / "labels/b.png").write_bytes((out / "labels/c.png").read_bytes()[:60])
+    (out / "overlays/c.jpg").unlink()
+    told = []
+    again = predict_files(segmenter, [tmp_path / "in"], out, resume=True, progress=lambda *n: told.append(n))
+    assert len(segmenter.calls) == 7
+    assert told == [(2, 4), (3, 4), (4, 4)]
+    assert again == whole
+    assert json.loads((out / "summary.json").read_text()) == whole.as_json()
+
+
+def test_resume_does_not_take_another_pictures_output(tmp_path):
+    segmenter = Threshold()
+    predict_files(segmenter, [save(tmp_path / "a" / "x.png")], tmp_path / "out", resume=True)
+    predict_files(segmenter, [save(tmp_path / "b" / "x.png")], tmp_path / "out", resume=True)
+    save(tmp_path / "b" / "x.png", dark=0.9, size=(50, 50))
+    changed = predict_files(segmenter, [tmp_path / "b" / "x.png"], tmp_path / "out", resume=True)
+    assert len(segmenter.calls) == 3
+    assert changed.images[0]["height"] == 50
+
+
+def test_without_resume_all_is_done_anew(tmp_path):
+    segmenter, path = Threshold(), save(tmp_path / "a.png")
+    for _ in range(2):
+        predict_files(segmenter, [path], tmp_path / "out")
+    assert len(segmenter.calls) == 2
+
+
+def test_an_output_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(DiskError, match="out"):
+        predict_files(Threshold(), [save(tmp_path / "a.png")], tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_files_get_the_rights_that_open_would_give(tmp_path):
+    before = os.umask(0)
+    os.umask(before)
+    predict_files(Threshold(), [save(tmp_path / f"in/{i}.png").parent for i in range(20)], tmp_path / "out", workers=4)
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~before for path in (tmp_path / "out/labels").iterdir())
+
+
+def test_reading_and_writing_hide_behind_the_model(tmp_path, monkeypatch):
+    """With a model that only waits, the whole takes hardly longer than the model, though files are slow."""
+    pause = 0.04
+
+    class Slow(Threshold):
+        def predict(self, image, task="semantic", *, augment=False, truth=None):
+            time.sleep(pause)
+            return super().predict(image, task, augment=augment, truth=truth)
+
+    def slow_read(path):
+        time.sleep(pause)
+        return read_image(path)
+
+    monkeypatch.setattr("maskfirst.predict.read_image", slow_read)
+    count = 20
+    for index in range(count):
+        save(tmp_path / "in" / f"{index}.png")
+    start = time.perf_counter()
+    predict_files(Slow(), [tmp_path / "in"], tmp_path / "out")
+    seconds = time.perf_counter() - start
+    assert seconds < 1.6 * count * pause, f"{seconds:.2f} s for {count * pause:.2f} s of model"
+
+
+def test_ahead_keeps_the_order_and_stays_bounded():
+    started, lock = [], threading.Lock()
+
+    def work(item):
+        with lock:
+            started.append(item)
+        time.sleep(0.001 * (item % 3))
+        return item * item
+
+    for index, (item, job) in enumerate(ahead(work, range(30), workers=3)):
+        assert isinstance(job, Future)
+        assert (item, job.result()) == (index, index * index)
+        assert max(started) <= index + 4
+
+
+def test_ahead_stops_reading_when_the_caller_does():
+    started = []
+    jobs = ahead(lambda item: started.append(item) or time.sleep(0.01), range(1000), workers=2)
+    next(jobs)
+    jobs.close()
+    assert len(started) < 10
+
+
+def test_a_bug_in_the_model_is_no_failed_file(tmp_path):
+    class Broken(Threshold):
+        def predict(self, image, task="semantic", *, augment=False, truth=None):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        predict_files(Broken(), [save(tmp_path / "a.png")], tmp_path / "out")
+
+
+def test_the_task_and_augmentation_reach_the_model(tmp_path):
+    segmenter = Threshold()
+    predict_files(segmenter, [save(tmp_path / "a.png")], tmp_path / "out", task="panoptic", augment=True)
+    assert [(call["task"], call["augment"]) for call in segmenter.calls] == [("panoptic", True)]
