@@ -179,7 +179,7 @@ def _lone_files(split: str, dataset: Paired) -> Iterator[Problem]:
         yield Problem(
             "no label",
             split,
-            f"{len(listing.images)} of {count} images have no label map: {_some(path.name for path in listing.images)}",
+            f"images without a label map: {len(listing.images)} of {count} ({_some(path.name for path in listing.images)})",
             "add the label maps, named as their images, or remove the images",
             tuple(map(str, listing.images)),
         )
@@ -187,7 +187,7 @@ def _lone_files(split: str, dataset: Paired) -> Iterator[Problem]:
         yield Problem(
             "no image",
             split,
-            f"{len(listing.labels)} label maps have no image: {_some(path.name for path in listing.labels)}",
+            f"label maps without an image: {len(listing.labels)} ({_some(path.name for path in listing.labels)})",
             "add the images or remove the label maps; training leaves them out",
             tuple(map(str, listing.labels)),
         )
@@ -202,7 +202,7 @@ def _broken(split: str, looks: Sequence[_Look]) -> Iterator[Problem]:
         yield Problem(
             "size",
             split,
-            f"{len(misfits)} label maps differ in size from their images: {_some(look.misfit or '' for look in misfits)}",
+            f"label maps of another size than their images: {len(misfits)} ({_some(look.misfit or '' for look in misfits)})",
             "save the label maps at the size of their images",
             tuple(look.place for look in misfits),
         )
@@ -221,8 +221,8 @@ def _unknown(split: str, coding: Coding, looks: Sequence[_Look]) -> Iterator[Pro
     yield Problem(
         kind,
         split,
-        f"{_some((coding.name(number) for number in numbers), 5)} in {len(guilty)} label maps ({pixels} px) "
-        f"is no class of {coding}, first{named} at (y {y}, x {x}) of {guilty[0].place}",
+        f"no class of {coding}: {_some((coding.name(number) for number in numbers), 5)} "
+        f"in {len(guilty)} of {len(looks)} label maps ({pixels} px), first{named} at (y {y}, x {x}) of {guilty[0].place}",
         remedy,
         tuple(look.place for look in guilty),
     )
@@ -309,7 +309,7 @@ def _absent(split: str, frequencies: Sequence[Frequency]) -> Iterator[Problem]:
         yield Problem(
             "absent",
             split,
-            f"{len(missing)} of {len(frequencies)} classes never occur: {_some(missing, 5)}",
+            f"classes that never occur: {len(missing)} of {len(frequencies)} ({_some(missing, 5)})",
             "they can be neither learned nor scored here: add pictures that show them, or leave them out of the vocabulary",
             tuple(missing),
         )
@@ -324,7 +324,7 @@ def _leaks(looks: Mapping[str, Sequence[_Look]]) -> Iterator[Problem]:
             yield Problem(
                 "leak",
                 f"{one}, {other}",
-                f"{len(same)} pictures are the same in both splits: {_some(pairs)}",
+                f"pictures that are in both splits: {len(same)} ({_some(pairs)})",
                 f"remove them from one, or the score on {other} says little",
                 tuple(itertools.chain.from_iterable(same)),
             )

@@ -6,6 +6,7 @@ vary in size, colour, turn and light, and hide each other by depth, each being a
 
 import colorsys
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,14 @@ def _scene(
     stuff = (_sky(rng, size), _field(rng, size), _water(rng, size))
     picture = np.select([(owner == index)[..., None] for index in (SKY, FIELD)], stuff[:2], stuff[2])
 
-    light = rng.uniform(0, 2 * np.pi)
+    light = rng.uniform(0, 2 * math.pi)
     classes = [SKY, FIELD, WATER]
-    feet = np.sort(rng.uniform(0.25, 1.0, rng.integers(2, _MOST_SHAPES + 1)))  # the nearer, the later and the larger
+    feet = sorted(
+        rng.uniform(0.25, 1.0, rng.integers(2, _MOST_SHAPES + 1)).tolist()
+    )  # the nearer, the later and the larger
     for foot in feet:
         kind = int(rng.integers(len(KINDS)))
-        radius = (0.05 + 0.16 * foot) * np.exp(rng.normal(0, 0.25))
+        radius = (0.05 + 0.16 * foot) * math.exp(rng.normal(0, 0.25))
         center = (foot - radius * rng.uniform(-0.2, 1), rng.uniform(0, size[1] / size[0]))
         _stamp(rng, picture, owner, len(classes), kind, center, radius, light)
         classes.append(len((SKY, FIELD, WATER)) + kind)
@@ -148,17 +151,17 @@ def _stamp(
     height, width = owner.shape
     top, left = (max(0, int((c - radius) * height)) for c in center)
     bottom, right = (min(n, int((c + radius) * height) + 2) for n, c in zip((height, width), center, strict=True))
-    turn, color = rng.uniform(0, 2 * np.pi), _color(rng, (0, 1), (0.35, 1), (0.4, 1))
+    turn, color = rng.uniform(0, 2 * math.pi), _color(rng, (0.0, 1.0), (0.35, 1.0), (0.4, 1.0))
     stripes, rim = rng.random() < 0.3, rng.random() < 0.4
     if top >= bottom or left >= right:
         return
     window = (slice(top, bottom), slice(left, right))
     y, x = (axis[window] for axis in _grid((height, width)))
     v, u = (y - center[0]) / radius, (x - center[1]) / radius
-    across, along = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
+    across, along = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
     reach = _reach(KINDS[kind], across, along)
     inside = reach < 1
-    shade = 1 + 0.35 * (u * np.cos(light) + v * np.sin(light))
+    shade = 1 + 0.35 * (u * math.cos(light) + v * math.sin(light))
     if stripes:
         shade = shade * np.where(np.sin(along * 12) > 0, 1, 0.65)
     if rim:
@@ -172,19 +175,19 @@ def _reach(kind: str, u: Map, v: Map) -> Map:
     if kind == "circle":
         return np.hypot(u, v)
     if kind == "square":
-        return np.maximum(np.abs(u), np.abs(v)) * np.float32(np.sqrt(2))
+        return np.maximum(np.abs(u), np.abs(v)) * math.sqrt(2)
     if kind == "triangle":
-        lean = np.float32(np.sqrt(3)) * np.abs(u)
+        lean = math.sqrt(3) * np.abs(u)
         return np.maximum(2 * v, lean - v)
     # A star's border, from a tip at angle 0 to a notch at 36 degrees and radius 0.45, is a straight line.
-    notch, tip = np.pi / 5, np.abs(np.mod(np.arctan2(v, u), 2 * np.pi / 5) - np.pi / 5)
+    notch, tip = math.pi / 5, np.abs(np.mod(np.arctan2(v, u), 2 * math.pi / 5) - math.pi / 5)
     angle = notch - tip
-    return np.hypot(u, v) * ((np.sin(angle) + 0.45 * np.sin(notch - angle)) / (0.45 * np.sin(notch))).astype(np.float32)
+    return np.hypot(u, v) * ((np.sin(angle) + 0.45 * np.sin(notch - angle)) / (0.45 * math.sin(notch)))
 
 
 def _sky(rng: np.random.Generator, size: Size) -> Picture:
     y, _ = _grid(size)
-    zenith, low = _color(rng, (0.5, 0.68), (0.1, 0.7), (0.5, 0.95)), _color(rng, (0.05, 0.65), (0.05, 0.35), (0.7, 1))
+    zenith, low = _color(rng, (0.5, 0.68), (0.1, 0.7), (0.5, 0.95)), _color(rng, (0.05, 0.65), (0.05, 0.35), (0.7, 1.0))
     clouds = np.clip(_noise(rng, size, 4) + 0.5 * _noise(rng, size, 9) - rng.uniform(-0.3, 0.6), 0, 1)[..., None]
     clear = zenith + (low - zenith) * np.clip(2 * y, 0, 1)[..., None]
     return clear + (0.92 - clear) * clouds
@@ -211,7 +214,7 @@ def _color(
 
 
 def _wave(rng: np.random.Generator, x: Map, height: float) -> Map:
-    return (height * np.sin(rng.uniform(2, 9) * x + rng.uniform(0, 2 * np.pi))).astype(np.float32)
+    return height * np.sin(rng.uniform(2, 9) * x + rng.uniform(0, 2 * math.pi))
 
 
 def _noise(rng: np.random.Generator, size: Size, cells: int) -> Map:

@@ -1,0 +1,680 @@
+"""Files of every kind, good and bad; the layouts of the data sets; vocabularies; scenes of shapes."""
+
+import json
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskfirst.data import ADE20K, AUGMENTATIONS, DATASETS, COCOStuff10K, Folder, PascalContext, Shapes, images, shapes
+from maskfirst.data import vocabulary as vocabularies
+from maskfirst.data.folder import Coding, DataError
+from maskfirst.data.images import ImageError, read_image, read_label_map
+from maskfirst.data.shapes import write_demo
+from maskfirst.data.vocabulary import VocabularyError, contrasting, from_names, load
+from maskfirst.errors import UserError
+from maskfirst.types import VOID
+
+RAMP = np.arange(24, dtype=np.uint8).reshape(4, 6)
+COLORS = np.stack([RAMP * 10, 255 - RAMP * 10, RAMP], -1)
+NAMES = ["road", "tree", "car"]
+
+
+def png(size: tuple[int, int], bits: int, kind: int, rows: bytes) -> bytes:
+    """A PNG file by hand, for the sorts that Pillow cannot write; `size` (width, height)."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def save(path: Path, values: np.ndarray, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path, **options)
+    return path
+
+
+def palette(values: np.ndarray) -> Image.Image:
+    image = Image.fromarray(values)
+    image.putpalette(bytes(range(255, -1, -1)) * 3)
+    return image
+
+
+def pair(root: Path, name: str, labels: np.ndarray, split: str = "train") -> None:
+    """A picture and its label map in the default layout."""
+    rng = np.random.default_rng(zlib.crc32(f"{split}/{name}".encode()))
+    save(root / f"images/{split}/{name}.jpg", rng.integers(0, 255, (*labels.shape, 3), dtype=np.uint8))
+    save(root / f"annotations/{split}/{name}.png", labels)
+
+
+def rgb(path: Path) -> np.ndarray:
+    return read_image(path).permute(1, 2, 0).numpy()
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "bmp", "webp"])
+def test_lossless_formats_come_back_as_they_were(tmp_path: Path, ending: str) -> None:
+    path = save(tmp_path / f"a.{ending}", COLORS, **({"lossless": True} if ending == "webp" else {}))
+    assert np.array_equal(rgb(path), COLORS)
+    assert read_image(path).dtype == torch.uint8
+
+
+def test_jpeg_and_its_format_is_told_by_content_not_by_name(tmp_path: Path) -> None:
+    flat = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+    Image.fromarray(flat).save(tmp_path / "a.png", "JPEG", quality=95)
+    assert np.abs(rgb(tmp_path / "a.png").astype(int) - flat).max() <= 3
+
+
+def test_first_picture_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (5, 3), color) for color in ((255, 0, 0), (0, 255, 0))]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (rgb(tmp_path / "a.gif") == (255, 0, 0)).all()
+
+
+def test_grey_is_three_equal_channels(tmp_path: Path) -> None:
+    assert np.array_equal(rgb(save(tmp_path / "a.png", RAMP)), np.repeat(RAMP[..., None], 3, -1))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bit_grey_keeps_the_high_byte(tmp_path: Path, ending: str) -> None:
+    path = save(tmp_path / f"a.{ending}", RAMP.astype(np.uint16) * 2560 + 7)
+    assert np.array_equal(rgb(path)[..., 0], RAMP * 10)
+
+
+def test_sixteen_bit_colour(tmp_path: Path) -> None:
+    deep = (COLORS.astype(np.uint16) * 257).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    (tmp_path / "a.png").write_bytes(png((6, 4), 16, 2, rows))
+    assert np.array_equal(rgb(tmp_path / "a.png"), COLORS)
+
+
+def test_one_bit(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", RAMP % 2 == 1)
+    assert np.array_equal(rgb(path)[..., 1], (RAMP % 2) * 255)
+
+
+def test_palette_gives_its_colours(tmp_path: Path) -> None:
+    image = Image.fromarray(RAMP)
+    image.putpalette([value for index in range(256) for value in (index, 255 - index, 7)])
+    image.save(tmp_path / "a.png")
+    assert np.array_equal(rgb(tmp_path / "a.png"), np.stack([RAMP, 255 - RAMP, np.full_like(RAMP, 7)], -1))
+
+
+def test_palette_with_transparency(tmp_path: Path) -> None:
+    image = Image.fromarray(RAMP)
+    image.putpalette([value for index in range(256) for value in (index, 0, 0)])
+    image.save(tmp_path / "a.png", transparency=bytes([0, 128] + [255] * 254))
+    assert np.array_equal(rgb(tmp_path / "a.png")[..., 0], RAMP)
+
+
+def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", np.concatenate([COLORS, np.full((4, 6, 1), 3, np.uint8)], -1))
+    assert np.array_equal(rgb(path), COLORS)
+    Image.fromarray(np.stack([RAMP, RAMP], -1)).save(tmp_path / "b.png")
+    assert np.array_equal(rgb(tmp_path / "b.png")[..., 2], RAMP)
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    red = rgb(tmp_path / "a.jpg")[4, 4].astype(int)
+    assert red[0] > 240
+    assert red[1] < 15
+    assert red[2] < 15
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_exif_orientation_is_applied(tmp_path: Path, turn: int, ending: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = save(tmp_path / f"a.{ending}", COLORS, exif=exif)
+    # The eight ways to turn a picture, as the EXIF standard lists them: where its stored first row and column go.
+    upright = {
+        1: COLORS,
+        2: COLORS[:, ::-1],
+        3: COLORS[::-1, ::-1],
+        4: COLORS[::-1],
+        5: COLORS.transpose(1, 0, 2),
+        6: COLORS.transpose(1, 0, 2)[:, ::-1],
+        7: COLORS.transpose(1, 0, 2)[::-1, ::-1],
+        8: COLORS.transpose(1, 0, 2)[::-1],
+    }
+    assert np.array_equal(rgb(path), upright[turn])
+
+
+def test_broken_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", COLORS, exif=b"Exif\0\0rubbish that is no TIFF header")
+    assert read_image(path).shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "bmp", "gif"])
+def test_cut_short(tmp_path: Path, ending: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = save(tmp_path / f"a.{ending}", noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ImageError, match=rf"a\.{ending}: broken or cut short: .") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_foreign_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"empty\.jpg: the file is empty \(0 bytes\)"):
+        read_image(tmp_path / "empty.jpg")
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    with pytest.raises(ImageError, match=r"page\.jpg: not a JPEG, PNG, WebP, TIFF, BMP or GIF"):
+        read_image(tmp_path / "page.jpg")
+    with pytest.raises(ImageError, match=r"gone\.jpg: no such file"):
+        read_image(tmp_path / "gone.jpg")
+    with pytest.raises(ImageError, match=r"directory"):
+        read_image(tmp_path)
+
+
+def test_other_formats_that_pillow_knows_are_refused(tmp_path: Path) -> None:
+    for kind in ("PPM", "TGA", "ICO"):
+        Image.fromarray(COLORS).save(tmp_path / "a.png", kind)
+        with pytest.raises(ImageError, match="not a JPEG"):
+            read_image(tmp_path / "a.png")
+
+
+def test_huge_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    path.write_bytes(png((50_000, 50_000), 8, 2, bytes(1000)))
+    start = time.perf_counter()
+    for read in (read_image, read_label_map):
+        with pytest.raises(ImageError, match=r"huge\.png: 50000 x 50000 px, more than the limit of 178 million"):
+            read(path)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_size_between_pillows_own_limits_is_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    for ending in ("png", "tif", "bmp", "jpg", "webp"):
+        assert read_image(save(tmp_path / f"a.{ending}", COLORS)).shape == (3, 4, 6)
+
+
+def test_limit_is_the_callers(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", COLORS)
+    assert read_image(path, limit=24).shape == (3, 4, 6)
+    with pytest.raises(ImageError, match=r"6 x 4 px, more than the limit"):
+        read_image(path, limit=23)
+
+
+def test_floats_are_an_error(tmp_path: Path) -> None:
+    save(tmp_path / "a.tif", RAMP.astype(np.float32))
+    for read in (read_image, read_label_map):
+        with pytest.raises(ImageError, match=r"a\.tif"):
+            read(tmp_path / "a.tif")
+
+
+# --- label maps ---------------------------------------------------------------------------------------------------
+
+
+def test_label_maps_hold_numbers(tmp_path: Path) -> None:
+    assert np.array_equal(read_label_map(save(tmp_path / "grey.png", RAMP)), RAMP)
+    palette(RAMP).save(tmp_path / "palette.png")
+    assert np.array_equal(read_label_map(tmp_path / "palette.png"), RAMP)
+    deep = RAMP.astype(np.uint16) * 1000
+    assert np.array_equal(read_label_map(save(tmp_path / "deep.png", deep)), deep)
+    assert np.array_equal(read_label_map(save(tmp_path / "deep.tif", deep)), deep)
+    assert np.array_equal(read_label_map(save(tmp_path / "bit.png", RAMP % 2 == 1)), RAMP % 2)
+    save(tmp_path / "long.tif", RAMP.astype(np.int32) * 1000)
+    assert np.array_equal(read_label_map(tmp_path / "long.tif"), deep)
+
+
+@pytest.mark.parametrize(("bits", "row", "wanted"), [(2, b"\x1b", [0, 1, 2, 3]), (4, b"\x01\x2f", [0, 1, 2, 15])])
+def test_few_bits_of_grey_are_not_stretched(tmp_path: Path, bits: int, row: bytes, wanted: list[int]) -> None:
+    (tmp_path / "a.png").write_bytes(png((4, 1), bits, 0, b"\0" + row))
+    assert read_label_map(tmp_path / "a.png").tolist() == [wanted]
+
+
+def test_small_palette_is_not_stretched(tmp_path: Path) -> None:
+    palette(RAMP % 3).save(tmp_path / "a.png", bits=2)
+    assert np.array_equal(read_label_map(tmp_path / "a.png"), RAMP % 3)
+
+
+def test_colours_and_jpegs_are_no_label_maps(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"a\.png: colours \(RGB\) in place of class numbers; .*`colors: true`"):
+        read_label_map(save(tmp_path / "a.png", COLORS))
+    Image.fromarray(RAMP).save(tmp_path / "b.png", "JPEG")
+    for colors in (False, True):
+        with pytest.raises(ImageError, match=r"b\.png: a JPEG, which blurs"):
+            read_label_map(tmp_path / "b.png", colors)
+
+
+def test_numbers_beyond_sixteen_bits_are_an_error(tmp_path: Path) -> None:
+    save(tmp_path / "a.tif", RAMP.astype(np.int32) - 1)
+    with pytest.raises(ImageError, match=r"numbers from -1 to 22"):
+        read_label_map(tmp_path / "a.tif")
+
+
+# --- vocabularies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "things", "some"),
+    [
+        ("ade20k", 150, 100, {0: "wall", 12: "person", 149: "flag"}),
+        ("coco_stuff_171", 171, 80, {0: "person", 79: "toothbrush", 80: "banner", 170: "wood"}),
+        ("pascal_context_59", 59, 36, {0: "aeroplane", 58: "wood"}),
+        ("pascal_context_60", 60, 36, {0: "background", 1: "aeroplane"}),
+        ("camvid", 11, 3, {0: "Sky", 3: "Road", 10: "Bicyclist"}),
+        ("shapes", 7, 4, {0: "sky", 6: "star"}),
+    ],
+)
+def test_bundled_vocabularies(name: str, count: int, things: int, some: dict[int, str]) -> None:
+    words = load(name)
+    assert (len(words), len(words.things)) == (count, things)
+    assert all(words.names[index] == word for index, word in some.items())
+    assert len(set(words.ids)) == count
+
+
+def test_all_bundled_vocabularies_are_tested() -> None:
+    assert set(vocabularies.bundled()) == {
+        "ade20k",
+        "coco_stuff_171",
+        "pascal_context_59",
+        "pascal_context_60",
+        "camvid",
+        "shapes",
+    }
+
+
+def test_dataset_numbers() -> None:
+    assert load("coco_stuff_171").ids[:12] == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13)
+    assert load("coco_stuff_171").ids[-1] == 182
+    assert load("ade20k").ids == tuple(range(1, 151))
+    assert load("camvid").colors[3] == (128, 64, 128)
+
+
+def test_vocabulary_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("road\n\ntree \ncar\n", encoding="utf-8")
+    assert load("a.txt", tmp_path).names == ("road", "tree", "car")
+    (tmp_path / "a.yaml").write_text("[road, {name: car, color: [1, 2, 3], thing: true, id: 26}]", encoding="utf-8")
+    words = load(tmp_path / "a.yaml")
+    assert words.names == ("road", "car")
+    assert words.things == {1}
+    assert words.ids == (0, 26)
+    assert words.colors[1] == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {name: a, colour: [1, 2, 3]}", r"class 0: unknown key 'colour'\. Did you mean 'color'\?"),
+        ("- no", "class 0: the name must be text, got False; quote it"),
+        ("- {name: a, color: [1, 2, 300]}", r"class 0 \(a\): color must be three numbers 0..255"),
+        ("- {name: a, thing: 1}", "`thing` must be true or false"),
+        ("[a, b, a]", "names occur twice in the vocabulary: a"),
+        ("names: [a]", "expected a list of classes"),
+        ("[a", "not YAML"),
+        ("[]", "at least one name"),
+    ],
+)
+def test_bad_vocabulary_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(VocabularyError, match=rf"a\.yaml: .*{message}") as caught:
+        load("a.yaml", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_vocabulary_names_the_nearest() -> None:
+    with pytest.raises(VocabularyError, match=r"'camvit'.* Did you mean 'camvid'\? Bundled: ade20k, "):
+        load("camvit")
+
+
+def test_colours_are_distinct_and_stay_when_names_are_added() -> None:
+    colors = np.array(contrasting(171))
+    apart = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(171)
+    assert apart.min() >= 30
+    assert contrasting(9) == contrasting(171)[:9]
+    assert from_names(NAMES, things=["car"]).things == {2}
+    with pytest.raises(VocabularyError, match="Did you mean 'car'"):
+        from_names(NAMES, things=["cars"])
+
+
+# --- the folder data set ------------------------------------------------------------------------------------------
+
+
+def test_pairs_by_stem_through_all_folders(tmp_path: Path) -> None:
+    labels = np.array([[0, 0, 2], [2, 2, 255]], np.uint8)
+    pair(tmp_path, "city/b", labels)
+    pair(tmp_path, "a", labels)
+    save(tmp_path / "images/train/.hidden.jpg", COLORS)
+    data = Folder(str(tmp_path), vocabulary=NAMES)
+    assert list(data.keys()) == ["a", "city/b"]
+    sample = data[1]
+    assert sample.key == "city/b"
+    assert sample.image.shape == (3, 2, 3)
+    assert sample.ids.dtype == torch.int32
+    assert sample.ids.tolist() == [[[0, 0, 1], [1, 1, VOID]]]
+    assert sample.classes.tolist() == [0, 2]
+    assert not sample.crowd.any()
+    assert sample.truth.label_map().tolist() == [[0, 0, 2], [2, 2, VOID]]
+    assert [len(s.key) for s in data] == [1, 6], "iterating ends by itself"
+
+
+def test_layout_ending_and_limit_are_free(tmp_path: Path) -> None:
+    for name in "abc":
+        save(tmp_path / f"rgb/{name}.PNG", COLORS)
+        save(tmp_path / f"masks/val/{name}_mask.png", RAMP % 3)
+    data = Folder(str(tmp_path), "rgb", "masks/{split}", "val", vocabulary=NAMES, ending="_mask.png", limit=2)
+    assert list(data.keys()) == ["a", "b"]
+    assert np.array_equal(data[1].truth.label_map().numpy(), RAMP % 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "wanted"),
+    [
+        ({}, [0, 1, 2, 255], [0, 1, 2, VOID]),
+        ({"ignore": 3}, [0, 1, 2, 3], [0, 1, 2, VOID]),
+        ({"shift": -1}, [0, 1, 3, 255], [VOID, 0, 2, VOID]),
+        ({"shift": 1, "ignore": 7}, [0, 1, 7], [1, 2, VOID]),
+        ({"ids": {7: 0, 8: "car", 0: None}}, [7, 8, 0, 255], [0, 2, VOID, VOID]),
+    ],
+)
+def test_what_numbers_mean(tmp_path: Path, settings: dict, labels: list[int], wanted: list[int]) -> None:
+    for dtype in (np.uint8, np.uint16):
+        pair(tmp_path, "a", np.array([labels], dtype))
+        assert Folder(str(tmp_path), vocabulary=NAMES, **settings)[0].truth.label_map().tolist() == [wanted]
+
+
+def test_a_map_without_any_class(tmp_path: Path) -> None:
+    pair(tmp_path, "a", np.full((3, 4), 255, np.uint8))
+    sample = Folder(str(tmp_path), vocabulary=NAMES)[0]
+    assert (sample.ids == VOID).all()
+    assert len(sample.classes) == len(sample.truth) == 0
+
+
+def test_painted_label_maps(tmp_path: Path) -> None:
+    words = {"classes": [{"name": "road", "color": [128, 64, 128]}, {"name": "tree", "color": [0, 0, 255]}]}
+    (tmp_path / "classes.yaml").write_text(json.dumps(words), encoding="utf-8")
+    painted = np.array([[[128, 64, 128], [0, 0, 0], [0, 0, 255]]], np.uint8)
+    pair(tmp_path, "a", painted[..., 0])
+    save(tmp_path / "annotations/train/a.png", painted)
+    assert Folder(str(tmp_path), colors=True)[0].truth.label_map().tolist() == [[0, VOID, 1]]
+    with pytest.raises(ImageError, match="colors: true"):
+        Folder(str(tmp_path))[0]
+    painted[0, 0] += 1
+    save(tmp_path / "annotations/train/a.png", painted)
+    with pytest.raises(
+        DataError, match=r"a\.png: color \(129, 65, 129\) at \(y 0, x 0\) is no class: 2 classes by colour"
+    ):
+        Folder(str(tmp_path), colors=True)[0]
+
+
+def test_numbers_that_are_no_class_are_named_with_their_place(tmp_path: Path) -> None:
+    labels = np.zeros((5, 6), np.uint8)
+    labels[3, 4:] = 37
+    pair(tmp_path, "a", labels)
+    with pytest.raises(DataError, match=r"train/a\.png: value 37 at \(y 3, x 4\) is no class: 3 classes, ignore 255;"):
+        Folder(str(tmp_path), vocabulary=NAMES)[0]
+    with pytest.raises(DataError, match=r"value 37 .*3 classes, ignore 255, shift -1;"):
+        Folder(str(tmp_path), vocabulary=NAMES, shift=-1)[0]
+    with pytest.raises(DataError, match=r"value 37 .*3 classes by `ids`"):
+        Folder(str(tmp_path), vocabulary=NAMES, ids={0: "road"})[0]
+
+
+def test_sizes_must_agree(tmp_path: Path) -> None:
+    pair(tmp_path, "a", np.zeros((4, 6), np.uint8))
+    save(tmp_path / "annotations/train/a.png", np.zeros((4, 5), np.uint8))
+    with pytest.raises(DataError, match=r"a\.png: 5 x 4 px, but .*a\.jpg has 6 x 4 px$"):
+        Folder(str(tmp_path), vocabulary=NAMES)[0]
+    save(tmp_path / "annotations/train/a.png", np.zeros((6, 4), np.uint8))
+    with pytest.raises(DataError, match=r"was it drawn on the picture before its EXIF rotation\?"):
+        Folder(str(tmp_path), vocabulary=NAMES)[0]
+
+
+def test_images_without_labels_are_counted_and_named(tmp_path: Path) -> None:
+    pair(tmp_path, "ok", np.zeros((2, 2), np.uint8))
+    for name in "wxyz":
+        save(tmp_path / f"images/train/{name}.jpg", COLORS)
+    data = Folder(str(tmp_path), vocabulary=NAMES)
+    for use in (lambda: len(data), lambda: data[0], data.keys):
+        with pytest.raises(
+            DataError, match=r"4 of 5 images have no label map: w\.jpg, x\.jpg, y\.jpg, \.\.\.; .*`maskfirst check`"
+        ):
+            use()
+    assert [p.key for p in data.listing.pairs] == ["ok"]
+    assert len(data.listing.images) == 4
+
+
+def test_labels_without_images_are_left_out(tmp_path: Path) -> None:
+    pair(tmp_path, "a", np.zeros((2, 2), np.uint8))
+    save(tmp_path / "annotations/train/b.png", RAMP)
+    data = Folder(str(tmp_path), vocabulary=NAMES)
+    assert len(data) == 1
+    assert [path.name for path in data.listing.labels] == ["b.png"]
+
+
+def test_missing_folders_name_the_nearest(tmp_path: Path) -> None:
+    pair(tmp_path / "streets", "a", RAMP % 3)
+    root = str(tmp_path / "streets")
+    cases: list[tuple[Callable[[], object], str]] = [
+        (
+            lambda: Folder(str(tmp_path / "street"), vocabulary=NAMES),
+            r"street: no such folder\. Did you mean 'streets'\?",
+        ),
+        (
+            lambda: Folder(root, split="trian", vocabulary=NAMES),
+            r"no folder 'trian'\. Did you mean 'train'\? It has: train\.",
+        ),
+        (lambda: Folder(root, labels="annotation/{split}", vocabulary=NAMES), r"Did you mean 'annotations'\?"),
+    ]
+    for build, message in cases:
+        with pytest.raises(DataError, match=message):
+            build()
+
+
+def test_empty_split(tmp_path: Path) -> None:
+    pair(tmp_path, "a", RAMP)
+    for name in ("images", "annotations"):
+        (tmp_path / name / "val").mkdir()
+    with pytest.raises(DataError, match=r"images/val: no pictures here .*the split is empty"):
+        Folder(str(tmp_path), split="val", vocabulary=NAMES)
+
+
+def test_same_stem_twice(tmp_path: Path) -> None:
+    pair(tmp_path, "a", RAMP % 3)
+    save(tmp_path / "images/train/a.png", COLORS)
+    with pytest.raises(DataError, match=r"a\.(jpg|png) and a\.(jpg|png) share a stem"):
+        Folder(str(tmp_path), vocabulary=NAMES)
+
+
+def test_links_that_lead_back_end(tmp_path: Path) -> None:
+    pair(tmp_path, "a", RAMP % 3)
+    (tmp_path / "images/train/again").symlink_to(tmp_path / "images")
+    assert len(Folder(str(tmp_path), vocabulary=NAMES)) == 1
+
+
+def test_vocabulary_comes_from_the_folder(tmp_path: Path) -> None:
+    pair(tmp_path, "a", RAMP % 3)
+    with pytest.raises(VocabularyError, match=r"no classes\.yaml or .* in this folder; add one, or set `vocabulary:`"):
+        Folder(str(tmp_path))
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
+    assert Folder(str(tmp_path)).vocabulary.names == tuple(NAMES)
+    (tmp_path / "mine.txt").write_text("x\ny\nz", encoding="utf-8")
+    assert Folder(str(tmp_path), vocabulary="mine.txt").vocabulary.names == ("x", "y", "z")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ids": {0: "raod"}}, r"ids: 0 stands for unknown class 'raod'\. Did you mean 'road'\?"),
+        ({"ids": {0: 3}}, r"ids: 0 stands for class 3, but there are 3 \(0\.\.2\)"),
+        ({"ids": {0: 0}, "shift": -1}, "set one of `shift`, `ids` and `colors`"),
+    ],
+)
+def test_contradictory_codings(settings: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Coding(from_names(NAMES), **settings)
+
+
+# --- the layouts of the public data sets ---------------------------------------------------------------------------
+
+
+def test_ade20k(tmp_path: Path) -> None:
+    save(tmp_path / "images/validation/ADE_val_1.jpg", COLORS)
+    save(tmp_path / "annotations/validation/ADE_val_1.png", np.where(RAMP < 3, 0, 150).astype(np.uint8))
+    data = ADE20K(str(tmp_path), split="val")
+    assert list(data.keys()) == ["ADE_val_1"]
+    assert data[0].classes.tolist() == [149]
+    assert data[0].ids[0, 0].tolist() == [VOID] * 3 + [0] * 3
+    with pytest.raises(DataError, match=r"ade20k: no split 'valid'\. Did you mean 'val'\? Known: train, val\."):
+        ADE20K(str(tmp_path), split="valid")
+
+
+def test_coco_stuff(tmp_path: Path) -> None:
+    save(tmp_path / "images/train2014/COCO_1.jpg", COLORS)
+    save(tmp_path / "annotations/train2014/COCO_1_labelTrainIds.png", np.where(RAMP < 3, 0, 171).astype(np.uint8))
+    save(tmp_path / "annotations/train2014/COCO_1.png", RAMP)
+    data = COCOStuff10K(str(tmp_path))
+    assert data[0].classes.tolist() == [170]
+    assert data.vocabulary.names[170] == "wood"
+
+
+@pytest.mark.parametrize(("classes", "wanted"), [(59, [58]), (60, [0, 59])])
+def test_pascal_context(tmp_path: Path, classes: int, wanted: list[int]) -> None:
+    for name in ("2008_1", "2008_2"):
+        save(tmp_path / f"JPEGImages/{name}.jpg", COLORS)
+        save(tmp_path / f"SegmentationClassContext/{name}.png", np.where(RAMP < 3, 0, 59).astype(np.uint8))
+    lists = tmp_path / "ImageSets/SegmentationContext"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("2008_2\n")
+    data = PascalContext(str(tmp_path), "val", classes)
+    assert list(data.keys()) == ["2008_2"]
+    assert data[0].classes.tolist() == wanted
+    (lists / "train.txt").write_text("2008_1\n2008_3\n")
+    with pytest.raises(DataError, match=r"train\.txt: lists 1 pictures that .*JPEGImages lacks: 2008_3"):
+        PascalContext(str(tmp_path), "train", classes)
+    with pytest.raises(DataError, match=r"trian\.txt: the list"):
+        PascalContext(str(tmp_path), "trian", classes)
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_the_same_at_every_call_and_differ_between_splits() -> None:
+    one, again = Shapes("val", 4)[3], Shapes("val", 9)[3]
+    assert torch.equal(one.image, again.image)
+    assert torch.equal(one.ids, again.ids)
+    assert one.key == again.key == "val-00003"
+    pictures = {
+        Shapes(split, 2, seed=seed)[i].image.numpy().tobytes()
+        for split in ("train", "val", "test")
+        for seed in (0, 1)
+        for i in (0, 1)
+    }
+    assert len(pictures) == 12
+
+
+def test_scenes_have_whole_truth() -> None:
+    data = Shapes(length=40)
+    assert len(data) == len(data.keys()) == 40
+    several = 0
+    for sample in data:
+        assert sample.image.shape == (3, 96, 128)
+        assert sample.ids.shape == (1, 96, 128)
+        assert sample.ids.min() == 0, "every pixel belongs to something"
+        assert sorted(sample.ids.unique().tolist()) == list(range(len(sample.classes)))
+        stuff = [index for index in sample.classes.tolist() if index not in data.vocabulary.things]
+        assert len(stuff) == len(set(stuff)), "stuff is one segment a class"
+        things = [index for index in sample.classes.tolist() if index in data.vocabulary.things]
+        several += len(things) > len(set(things))
+    assert several > 5, "things of one class are segments apart"
+    seen = torch.cat([sample.classes for sample in data]).bincount(minlength=7)
+    assert (seen >= 10).all(), seen
+    with pytest.raises(DataError, match="Did you mean 'train'"):
+        Shapes("trian")
+
+
+@pytest.mark.parametrize(
+    ("kind", "area"), [("circle", np.pi), ("square", 2.0), ("triangle", 27**0.5 / 4), ("star", 1.32)]
+)
+def test_shapes_have_their_form(kind: str, area: float) -> None:
+    axis = np.linspace(-1.2, 1.2, 400, dtype=np.float32)
+    v, u = np.meshgrid(axis, axis, indexing="ij")
+    inside = shapes._reach(kind, u, v) < 1
+    assert inside.sum() * (2.4 / 399) ** 2 == pytest.approx(area, rel=0.02)
+    assert np.hypot(u, v)[inside].max() <= 1.001
+
+
+def test_a_scene_takes_milliseconds() -> None:
+    data = Shapes()
+    taken = []
+    for index in range(20):
+        start = time.perf_counter()
+        data[index]
+        taken.append(time.perf_counter() - start)
+    assert min(taken) < 0.02
+
+
+def test_demo_is_read_by_the_folder_data_set_and_by_coco_tools(tmp_path: Path) -> None:
+    pictures = write_demo(tmp_path / "demo", count=5, size=(48, 64))
+    assert len(pictures) == 5
+    assert all(path.is_file() for path in pictures)
+    words = load("shapes")
+    for split, count in (("train", 4), ("val", 1)):
+        data = Folder(str(tmp_path / "demo"), split=split)
+        assert data.vocabulary == words
+        made = Shapes(split, count, (48, 64))
+        assert list(data.keys()) == list(made.keys())
+        for one, other in zip(data, made, strict=True):
+            assert torch.equal(one.truth.label_map(), other.truth.label_map())
+            assert (one.image.float() - other.image.float()).abs().mean() < 8
+        check_coco(tmp_path / "demo/coco", split, made)
+    with pytest.raises(DataError, match="ask for 2 or more"):
+        write_demo(tmp_path / "none", count=1)
+
+
+def check_coco(folder: Path, split: str, made: Shapes) -> None:
+    words = made.vocabulary
+    panoptic = json.loads((folder / f"panoptic_{split}.json").read_text())
+    instances = json.loads((folder / f"instances_{split}.json").read_text())
+    assert [category["name"] for category in panoptic["categories"]] == list(words.names)
+    assert [category["name"] for category in instances["categories"]] == [words.names[i] for i in sorted(words.things)]
+    for index, sample in enumerate(made):
+        truth = sample.truth
+        annotation = panoptic["annotations"][index]
+        assert annotation["image_id"] == panoptic["images"][index]["id"] == index
+        painted = np.asarray(Image.open(folder / f"panoptic_{split}" / annotation["file_name"])).astype(int)
+        ids = painted @ (1, 256, 65536)
+        assert len(annotation["segments_info"]) == len(truth)
+        for part, mask, kind in zip(
+            annotation["segments_info"], truth.masks.numpy(), truth.classes.tolist(), strict=True
+        ):
+            assert np.array_equal(ids == part["id"], mask)
+            assert part["category_id"] == words.ids[kind]
+            assert part["area"] == mask.sum()
+        mine = [a for a in instances["annotations"] if a["image_id"] == index]
+        things = [i for i, kind in enumerate(truth.classes.tolist()) if kind in words.things]
+        assert len(mine) == len(things)
+        for a, i in zip(mine, things, strict=True):
+            mask = truth.masks[i].numpy()
+            counts = a["segmentation"]["counts"]
+            flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+            assert np.array_equal(flat.reshape(64, 48).T, mask)
+            x, y, width, height = a["bbox"]
+            assert mask[y : y + height, x : x + width].sum() == mask.sum() == a["area"]
+    assert len({a["id"] for a in instances["annotations"]}) == len(instances["annotations"])
+
+
+# --- the menus ----------------------------------------------------------------------------------------------------
+
+
+def test_menus_and_errors() -> None:
+    assert set(DATASETS) == {"folder", "shapes", "ade20k", "coco_stuff_10k", "pascal_context"}
+    assert set(AUGMENTATIONS) == {"scale", "crop", "flip", "photometric", "pad"}
+    assert all(issubclass(error, UserError) for error in (ImageError, DataError, VocabularyError))
+    assert images.PIXELS == 178_000_000
