@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskfirst.data import Folder, Shapes
 from maskfirst.data.check import Problem, Report, check
-from maskfirst.data.shapes import write_demo
+from maskfirst.data.folder import Folder
+from maskfirst.data.shapes import Shapes, write_demo
 
 NAMES = ["road", "tree", "car", "sky"]
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from maskfirst.data import ADE20K, AUGMENTATIONS, DATASETS, COCOStuff10K, Folder, PascalContext, Shapes, images, shapes
+from maskfirst.data import shapes
 from maskfirst.data import vocabulary as vocabularies
-from maskfirst.data.folder import Coding, DataError
+from maskfirst.data.ade20k import ADE20K
+from maskfirst.data.coco_stuff import COCOStuff10K
+from maskfirst.data.folder import Coding, DataError, Folder
 from maskfirst.data.images import ImageError, read_image, read_label_map
-from maskfirst.data.shapes import write_demo
+from maskfirst.data.pascal_context import PascalContext
+from maskfirst.data.shapes import Shapes, write_demo
 from maskfirst.data.vocabulary import VocabularyError, contrasting, from_names, load
-from maskfirst.errors import UserError
 from maskfirst.types import VOID
 
 RAMP = np.arange(24, dtype=np.uint8).reshape(4, 6)
@@ -668,13 +670,3 @@ def check_coco(folder: Path, split: str, made: Shapes) -> None:
             x, y, width, height = a["bbox"]
             assert mask[y : y + height, x : x + width].sum() == mask.sum() == a["area"]
     assert len({a["id"] for a in instances["annotations"]}) == len(instances["annotations"])
-
-
-# --- the menus ----------------------------------------------------------------------------------------------------
-
-
-def test_menus_and_errors() -> None:
-    assert set(DATASETS) == {"folder", "shapes", "ade20k", "coco_stuff_10k", "pascal_context"}
-    assert set(AUGMENTATIONS) == {"scale", "crop", "flip", "photometric", "pad"}
-    assert all(issubclass(error, UserError) for error in (ImageError, DataError, VocabularyError))
-    assert images.PIXELS == 178_000_000
