@@ -1,0 +1,361 @@
+"""Weights: one safetensors file is a model, its recipe and vocabulary being in the metadata.
+
+Nothing in such a file can run code. Files that could (pickles) are refused, never loaded another way.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from maskfirst.contracts import PerClass, Resizable
+from maskfirst.errors import UserError, nearest
+from maskfirst.files import write_aside
+from maskfirst.recipe import Recipe
+from maskfirst.types import Vocabulary
+
+FORMAT = "maskfirst-1"
+RUN_FILES = ("best.safetensors", "last.safetensors")
+"""The weights of a run folder; the first that exists counts."""
+HUB_FILE = "model.safetensors"
+PICKLES = (".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".bin")
+_BUNDLED = Path(__file__).with_name("bundled")
+_MOST = 10
+"""Names listed of each kind of misfit."""
+
+
+class WeightsError(UserError):
+    """Weights that are not there, are not ours, are damaged, or do not fit."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What one file holds. `recipe` is not trusted. `tensors`: by the segmenter's names, on the CPU, as stored."""
+
+    path: Path
+    recipe: Recipe
+    vocabulary: Vocabulary
+    scores: dict[str, Any]
+    source: str
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a part that was given weights; names are relative to the part.
+
+    `loaded`: copied as they are, or by the rows of the classes. `resized`: carried to another size. `reset`: not in the file
+    or of another shape, left at their initialisation. `unused`: in the file only. `kept` and `fresh`: the classes whose rows
+    were carried over, and those whose rows are at their initialisation; both empty where the vocabularies are one.
+    """
+
+    source: str
+    part: str
+    loaded: tuple[str, ...]
+    resized: tuple[str, ...]
+    reset: tuple[str, ...]
+    unused: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One paragraph for people."""
+        sentences = [f"{self.part or 'model'} from {self.source}: {len(self.loaded)} tensors loaded"]
+        for count, what in (
+            (self.resized, "resized"),
+            (self.reset, "left at their initialisation"),
+            (self.unused, "of the file not used"),
+        ):
+            if count:
+                sentences.append(f"{len(count)} {what} ({_listed(count)})")
+        if self.kept:
+            sentences.append(f"rows of {len(self.kept)} classes carried over by name ({_listed(self.kept)})")
+        if self.fresh:
+            sentences.append(f"rows of {len(self.fresh)} classes at their initialisation ({_listed(self.fresh)})")
+        return "; ".join(sentences) + "."
+
+
+def save(
+    path: Path | str,
+    segmenter: nn.Module,
+    recipe_tree: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    scores: Mapping[str, Any] | None = None,
+    half: bool = False,
+    source: str = "",
+) -> None:
+    """Writes a model to one file, which is whole or absent. Raises DiskError where the disk refuses.
+
+    `half` stores float tensors in 16 bits, but for those with a value that 16 bits cannot hold. `source`: where the
+    weights come from, in words.
+    """
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in segmenter.state_dict().items():
+        stored = _stored(tensor, half)
+        storage = stored.untyped_storage().data_ptr()
+        # The format has no tensors that share memory.
+        tensors[name] = stored.clone() if storage in storages else stored
+        storages.add(storage)
+    metadata = {
+        "format": FORMAT,
+        "recipe": json.dumps(recipe_tree, ensure_ascii=False),
+        "vocabulary": TypeAdapter(Vocabulary).dump_json(vocabulary).decode(),
+        "scores": json.dumps(dict(scores or {}), ensure_ascii=False),
+        "source": source,
+    }
+    with write_aside(path) as aside:
+        try:
+            save_file(tensors, aside, metadata)
+        except SafetensorError as error:
+            # The library words a full disk as its own error; write_aside knows what to do with the system's.
+            raise OSError(0, f"the disk refused it ({' '.join(str(error).split())})") from error
+
+
+def read(source: str | Path) -> WeightsFile:
+    """The content of the weights at `source`, see `locate`. Raises WeightsError."""
+    path = locate(source)
+    metadata, tensors = _open(path)
+    found = metadata.get("format")
+    if found != FORMAT:
+        other = f"its format is '{found}'" if found else "it has no recipe inside"
+        raise WeightsError(
+            f"{path}: not a model that this version can build ({other}); "
+            "'maskfirst convert' makes one of a checkpoint of the original projects"
+        )
+    try:
+        tree, scores = json.loads(metadata["recipe"]), json.loads(metadata["scores"])
+        if not (isinstance(tree, dict) and isinstance(scores, dict)):
+            raise ValueError("the recipe and the scores should be mappings")
+        vocabulary = TypeAdapter(Vocabulary).validate_json(metadata["vocabulary"], strict=True)
+    except (KeyError, ValueError, RecursionError) as error:
+        what = f"{error.error_count()} faults in the vocabulary" if isinstance(error, ValidationError) else str(error)
+        raise WeightsError(f"{path}: damaged metadata: {what}") from error
+    return WeightsFile(
+        path, Recipe(tree, str(path), trusted=False), vocabulary, scores, metadata.get("source", ""), tensors
+    )
+
+
+def locate(source: str | Path) -> Path:
+    """The safetensors file that `source` names: a file, a run folder, `hub:org/name` or a bundled name.
+
+    Files of the hub are downloaded once and kept in its cache. Raises WeightsError.
+    """
+    text = str(source)
+    if text.startswith("hub:"):
+        return _download(text)
+    path = Path(text)
+    if path.is_dir():
+        for name in RUN_FILES:
+            if (path / name).is_file():
+                return path / name
+        raise WeightsError(f"{path}: no {' or '.join(RUN_FILES)} in this folder; give a run folder or a file")
+    if not path.is_file():
+        bundled = _BUNDLED / f"{text}.safetensors"
+        known = sorted(each.stem for each in _BUNDLED.glob("*.safetensors"))
+        if text in known:
+            return bundled
+        here = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(text, known) or nearest(path.name, [name for name in here if name.endswith(".safetensors")])
+        raise WeightsError(
+            f"no weights '{text}'.{hint} Give a .safetensors file, a run folder, hub:org/name"
+            + (f" or a bundled name: {', '.join(known)}." if known else ".")
+        )
+    with open(path, "rb") as file:
+        start = file.read(4)
+    # Zip archives and pickles begin so; a safetensors file begins with a length, whose third byte is 0 below 16 MiB.
+    if (
+        path.suffix.lower() in PICKLES
+        or start.startswith(b"PK\x03\x04")
+        or (start[:1] == b"\x80" and start[1:2] < b"\x06")
+    ):
+        raise WeightsError(
+            f"{path}: a pickle could run code and is not opened; "
+            f"'maskfirst convert {path} --recipe R --out FILE.safetensors' makes a safe file of it"
+        )
+    return path
+
+
+def check_fit(module: nn.Module, file: WeightsFile) -> None:
+    """Raises WeightsError naming every misfit, unless the module has the tensors of the file in their shapes, and no others."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in file.tensors]
+    extra = [name for name in file.tensors if name not in own]
+    misshaped = [
+        f"{name} {list(file.tensors[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in file.tensors and file.tensors[name].shape != tensor.shape
+    ]
+    wrong = (("missing", missing), ("extra", extra), ("misshaped", misshaped))
+    if any(names for _, names in wrong):
+        faults = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in wrong if names)
+        raise WeightsError(f"{file.path}: does not fit its own recipe: {faults}")
+
+
+def fill(module: nn.Module, file: WeightsFile) -> None:
+    """Gives a module the tensors of its file in place of its own, in its own dtypes. Raises as `check_fit` does."""
+    check_fit(module, file)
+    own = module.state_dict()
+    # Copied, as what was read is a window on the file, which others may overwrite.
+    tensors = {name: value.to(own[name].dtype, copy=True) for name, value in file.tensors.items()}
+    module.load_state_dict(tensors, assign=True)
+
+
+@torch.no_grad()
+def load_part(
+    module: nn.Module, source: str | Path, prefix: str = "", vocabulary: Vocabulary | None = None
+) -> LoadReport:
+    """Copies into a module what fits of the weights at `source`, see `locate`, and tells what became of each tensor.
+
+    `prefix`: the part's place in the recipe, such as `proposer.backbone`, under which the file has its tensors; a file with
+    nothing there may hold the part alone. `vocabulary`: the module's own; where the file's is another, rows of classes
+    (PerClass) are carried over by name. Tensors of other shapes are resized where their module can (Resizable).
+    Raises WeightsError where nothing at all fits.
+    """
+    path = locate(source)
+    metadata, everything = _open(path)
+    theirs = _vocabulary(path, metadata)
+    own = module.state_dict()
+    start = f"{prefix}." if prefix else ""
+    tensors = {name.removeprefix(start): tensor for name, tensor in everything.items() if name.startswith(start)}
+    if not tensors:
+        tensors = everything
+    renamed = theirs is not None and vocabulary is not None and theirs.names != vocabulary.names
+    shared = tuple(name for name in vocabulary.names if name in theirs.names) if theirs and vocabulary else ()
+    rows = dict(_class_rows(module))
+    loaded, resized, reset = [], [], []
+    carried = False
+    for name, goal in own.items():
+        found = tensors.get(name)
+        if found is not None and renamed and name in rows and theirs is not None and vocabulary is not None:
+            if _carry_rows(goal, found, theirs, vocabulary, rows[name]):
+                carried = True
+                loaded.append(name)
+            else:
+                reset.append(name)
+        elif found is None:
+            reset.append(name)
+        elif found.shape == goal.shape:
+            goal.copy_(found)
+            loaded.append(name)
+        elif (fitted := _resized(module, name, found)) is not None:
+            goal.copy_(fitted)
+            resized.append(name)
+        else:
+            reset.append(name)
+    if own and not loaded and not resized:
+        tops = sorted({name.split(".")[0] for name in everything})
+        raise WeightsError(f"{path}: nothing in it fits {prefix or 'this model'}; it holds {_listed(tops)}")
+    fresh = tuple(name for name in vocabulary.names if name not in shared) if carried and vocabulary else ()
+    unused = tuple(name for name in tensors if name not in own)
+    return LoadReport(
+        str(source), prefix, tuple(loaded), tuple(resized), tuple(reset), unused, shared if carried else (), fresh
+    )
+
+
+def require_same_vocabulary(model: Vocabulary, data: Vocabulary, where: str) -> None:
+    """Raises UserError, saying which names differ, unless both have the same names in the same order.
+
+    `where`: what the data is called, such as `camvid.yaml: data.test`.
+    """
+    if model.names == data.names:
+        return
+    only_model = [name for name in model.names if name not in data.names]
+    only_data = [name for name in data.names if name not in model.names]
+    told = [
+        f"{whose}: {_listed(names, 3)}"
+        for whose, names in (("only the model knows", only_model), ("only the data", only_data))
+        if names
+    ]
+    difference = "; ".join(told) or "the same names in another order"
+    raise UserError(
+        f"{where}: the data has {len(data)} classes, the model {len(model)}, and they differ ({difference}); "
+        "train it on these with --from, or give the data the model's with the key vocabulary"
+    )
+
+
+def _stored(tensor: Tensor, half: bool) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    if half and tensor.is_floating_point():
+        small = tensor.half()
+        if bool((small.isfinite() == tensor.isfinite()).all()):
+            return small
+    return tensor
+
+
+def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{path}: truncated, or no safetensors file at all: {reason}") from error
+
+
+def _vocabulary(path: Path, metadata: Mapping[str, str]) -> Vocabulary | None:
+    """The vocabulary of weights of ours; other files have none."""
+    if metadata.get("format") != FORMAT:
+        return None
+    try:
+        return TypeAdapter(Vocabulary).validate_json(metadata.get("vocabulary", ""), strict=True)
+    except ValidationError as error:
+        raise WeightsError(f"{path}: damaged metadata: {error.error_count()} faults in the vocabulary") from error
+
+
+def _download(source: str) -> Path:
+    # Its import takes half a second that local files need not wait for.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    repository = source.removeprefix("hub:")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{source}: cannot fetch {HUB_FILE}: {reason}") from error
+
+
+def _class_rows(module: nn.Module) -> Iterable[tuple[str, bool]]:
+    for place, part in module.named_modules():
+        if isinstance(part, PerClass):
+            for name, extra in part.class_rows.items():
+                yield f"{place}.{name}" if place else name, extra
+
+
+def _carry_rows(goal: Tensor, found: Tensor, theirs: Vocabulary, own: Vocabulary, extra: bool) -> bool:
+    """Copies the rows of the names that both have, and the row for no object if there is an `extra` one."""
+    if found.shape != (len(theirs) + extra, *goal.shape[1:]) or len(goal) != len(own) + extra:
+        return False
+    pairs = [(own.names.index(name), row) for row, name in enumerate(theirs.names) if name in own.names]
+    if extra:
+        pairs.append((len(own), len(theirs)))
+    if not pairs:
+        return False
+    to, come = zip(*pairs, strict=True)
+    goal[list(to)] = found[list(come)].to(goal.dtype)
+    return True
+
+
+def _resized(module: nn.Module, name: str, found: Tensor) -> Tensor | None:
+    """`found` in the shape of parameter `name`, by the innermost module around it that can carry it over."""
+    goal = module.state_dict()[name].shape
+    around = [(place, part) for place, part in module.named_modules() if name.startswith(f"{place}." if place else "")]
+    for place, part in reversed(around):
+        if isinstance(part, Resizable):
+            fitted = part.resize_from(name.removeprefix(f"{place}." if place else ""), found)
+            if fitted is not None and fitted.shape == goal:
+                return fitted
+    return None
+
+
+def _listed(names: Sequence[str], most: int = _MOST) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
