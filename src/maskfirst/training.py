@@ -1,5 +1,6 @@
 """Training: the section `train` of a recipe, all that decides what a training does to the weights."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -58,7 +59,7 @@ class Training:
     @property
     def evaluations(self) -> list[int]:
         """The steps after which the model is evaluated; the last step is always one."""
-        count = round(1 / self.evaluate_every)
+        count = math.ceil(1 / self.evaluate_every)
         return sorted({max(1, round(i * self.evaluate_every * self.steps)) for i in range(1, count)} | {self.steps})
 
     def share(self, world: int) -> int:
