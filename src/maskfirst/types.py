@@ -61,7 +61,7 @@ class Segments:
         classes = torch.unique(labels)
         classes = classes[classes != VOID].long()
         masks = labels[None] == classes.to(labels.dtype)[:, None, None]
-        return cls(masks, classes, torch.ones(len(classes)), torch.zeros(len(classes), dtype=torch.bool))
+        return cls(masks, classes, torch.ones_like(classes, dtype=torch.float), torch.zeros_like(classes, dtype=torch.bool))
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -99,7 +99,7 @@ class Sample:
         """The segments opened into masks; those without a pixel left are dropped."""
         segments = torch.arange(len(self.classes), dtype=torch.int32, device=self.ids.device)
         masks = (self.ids[None] == segments[:, None, None, None]).any(1)
-        opened = Segments(masks, self.classes, torch.ones(len(self.classes)), self.crowd)
+        opened = Segments(masks, self.classes, torch.ones_like(self.classes, dtype=torch.float), self.crowd)
         return opened[masks.flatten(1).any(1)]
 
 
