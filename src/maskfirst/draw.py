@@ -33,10 +33,11 @@ PANEL_SIDES = (360, 960)
 
 def segment_map(segments: Segments) -> Int16[Tensor, "H W"]:
     """The index of the segment at every pixel, VOID for none, on the CPU; where segments overlap the later one wins."""
-    order = torch.full(segments.masks.shape[-2:], VOID, dtype=torch.int16, device=segments.masks.device)
-    for index, mask in enumerate(segments.masks):
-        order.masked_fill_(mask, index)
-    return order.cpu()
+    masks = segments.masks.cpu().numpy()
+    order = np.full(masks.shape[1:], VOID, np.int16)
+    for index, mask in enumerate(masks):
+        np.copyto(order, np.int16(index), where=mask)
+    return torch.from_numpy(order)
 
 
 def segment_colors(classes: Int64[Tensor, " N"], vocabulary: Vocabulary) -> list[Color]:
@@ -67,7 +68,7 @@ def contours(order: Int16[Tensor, "H W"]) -> Bool[np.ndarray, "H W"]:
 
 def to_picture(image: UInt8[Tensor, "3 H W"]) -> Image.Image:
     """The RGB tensor as a picture of Pillow's."""
-    return Image.fromarray(np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0)))
+    return Image.merge("RGB", [Image.fromarray(channel) for channel in image.cpu().numpy()])
 
 
 def overlay(
