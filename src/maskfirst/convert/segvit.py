@@ -6,6 +6,7 @@ Zhang et al., "SegViT: Semantic Segmentation with Plain Vision Transformers", Ne
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal
 
 from torch import Tensor
@@ -21,7 +22,7 @@ class Facts:
     """What the tensors say. Not in them: the number of heads, the tapped blocks and the place where tokens shrink.
 
     `side`: of the square pictures it was made for, px. `width` and `depth` of the ViT; `stages` decoders of `layers`
-    layers of `head_width`. The single head's tensors are the cascade's.
+    layers of `head_width`.
     """
 
     structure: Structure
@@ -36,24 +37,51 @@ class Facts:
 
     def __str__(self) -> str:
         name = "SegViT-Shrunk" if self.structure == "shrunk" else "SegViT"
-        return f"{name} for {self.classes} classes at {self.side} px on a ViT of {self.depth} blocks of {self.width}"
+        return f"a {name} for {self.classes} classes at {self.side} px on a ViT of {self.depth} blocks of {self.width}"
+
+
+RECIPES: Mapping[tuple[Structure, int, int, int], tuple[str, tuple[str, ...]]] = {
+    ("cascade", 768, 150, 512): ("segvit-vit-b-ade20k", ()),
+    ("cascade", 1024, 150, 640): ("segvit-vit-l-ade20k", ()),
+    ("shrunk", 1024, 150, 640): ("segvit-vit-l-shrunk-ade20k", ()),
+    ("cascade", 1024, 171, 512): ("segvit-vit-l-coco-stuff-10k", ()),
+    ("shrunk", 1024, 171, 512): ("segvit-vit-l-shrunk-coco-stuff-10k", ()),
+    ("cascade", 1024, 59, 480): ("segvit-vit-l-pascal-context", ()),
+    ("cascade", 1024, 60, 480): ("segvit-vit-l-pascal-context", ("vocabulary=pascal_context_60",)),
+    ("shrunk", 1024, 59, 480): ("segvit-vit-l-shrunk-pascal-context", ("vocabulary=pascal_context_59",)),
+    ("shrunk", 1024, 60, 480): ("segvit-vit-l-shrunk-pascal-context", ()),
+}
+"""Structure, width of the ViT, classes and side -> the recipe of a published row, and what must be overridden in it.
+
+PASCAL-Context has 59 classes, or 60 with the background; the released configs, checkpoints and tables do not agree on which.
+"""
+
+
+def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
+    """The bundled recipe whose model these tensors are, with its overrides; None for models of no published row."""
+    found = facts(tensors)
+    return RECIPES.get((found.structure, found.width, found.classes, found.side))
 
 
 def recognises(keys: Collection[str]) -> bool:
     """Whether these are the keys of a whole SegViT."""
-    return "decode_head.q.weight" in keys and "decode_head.loss_decode.criterion.empty_weight" in keys
+    return any(key.startswith("decode_head.decoder_1.layers.") for key in keys)
+
+
+def structure(keys: Collection[str]) -> Structure:
+    """Which of the two these keys belong to; the single head's are the cascade's."""
+    return "shrunk" if any(key.startswith("decode_head.atm.") for key in keys) else "cascade"
 
 
 def facts(tensors: Mapping[str, Tensor]) -> Facts:
     """Read from shapes. Raises KeyError where a key that every SegViT has is missing."""
-    structure: Structure = "shrunk" if "decode_head.atm.q.weight" in tensors else "cascade"
-    head = "decode_head.atm." if structure == "shrunk" else "decode_head."
+    kind = structure(tensors)
+    head = "decode_head.atm." if kind == "shrunk" else "decode_head."
     projection = tensors["backbone.patch_embed.projection.weight"]
-    grid = int((tensors["backbone.pos_embed"].shape[1] - 1) ** 0.5)
     return Facts(
-        structure,
+        kind,
         classes=tensors[f"{head}class_embed.weight"].shape[0] - 1,
-        side=grid * projection.shape[-1],
+        side=isqrt(tensors["backbone.pos_embed"].shape[1] - 1) * projection.shape[-1],
         patch=projection.shape[-1],
         width=projection.shape[0],
         depth=_count(tensors, r"backbone\.layers\.(\d+)\..*"),
@@ -67,8 +95,8 @@ def _count(keys: Collection[str], numbered: str) -> int:
     return len({match[1] for key in keys if (match := re.fullmatch(numbered, key))})
 
 
-def rules(structure: Structure) -> list[Rule]:
-    """From a whole checkpoint to the keys of a Segmenter of `atm` (or `atm_single`) or `atm_shrunk`."""
+def rules(keys: Collection[str]) -> list[Rule]:
+    """From the keys of a whole checkpoint to those of a Segmenter of `atm` (or `atm_single`) or `atm_shrunk`."""
     head, stage, kind = r"decode_head\.", r"(?P<stage>\d+)", "(?P<kind>weight|bias)"
     table: list[Rule] = [
         *mmseg_rules(final_norm=False, foreign="backbone.", ours="proposer.backbone.trunk."),
@@ -78,7 +106,7 @@ def rules(structure: Structure) -> list[Rule]:
         Move(rf"{head}loss_decode\.criterion\.empty_weight", "criterion.class_weights"),
         Leave(rf"{head}(conv_[01]|syncbn_fc_0)\..*", "a branch of an older revision, used in training alone"),
     ]
-    if structure == "cascade":
+    if structure(keys) == "cascade":
         return [
             *table,
             Move(rf"{head}q\.weight", "proposer.queries.weight"),

@@ -3,14 +3,58 @@
 Steiner et al., "How to train your ViT?", 2021.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import isqrt
 
+import torch
 from torch import Tensor
 
+from maskfirst.backbones.vit import TimmViT
 from maskfirst.convert.rename import Join, Leave, Move, Rule
 
 _NO_HEAD = "the head of its image classification"
 _NO_NORM = "the norm after the last block, which this model does not have"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a format keeps what tells a ViT's size: keys, and the axis of the patches' kernel that counts channels."""
+
+    kernel: str
+    channels: int
+    positions: str
+    block: str
+    norm: str
+
+    def build(self, tensors: Mapping[str, Tensor]) -> TimmViT:
+        """A ViT of that size, without memory. Raises KeyError where a key of every ViT is missing."""
+        kernel = tensors[self.kernel]
+        patch = kernel.shape[2] if self.channels == 0 else kernel.shape[0]
+        side = isqrt(tensors[self.positions].shape[1] - 1) * patch
+        blocks = {match[1] for key in tensors if (match := re.match(self.block, key))}
+        with torch.device("meta"):
+            # The number of heads does not show in the tensors.
+            return TimmViT(
+                (side, side),
+                width=kernel.shape[self.channels],
+                depth=len(blocks),
+                heads=1,
+                patch=patch,
+                final_norm=self.norm in tensors,
+            )
+
+
+MMSEG = Layout("patch_embed.projection.weight", 0, "pos_embed", r"layers\.(\d+)\.", "ln1.weight")
+JAX = Layout(
+    "embedding/kernel",
+    3,
+    "Transformer/posembed_input/pos_embedding",
+    r"Transformer/encoderblock_(\d+)/",
+    "Transformer/encoder_norm/scale",
+)
+TIMM = Layout("patch_embed.proj.weight", 0, "pos_embed", r"blocks\.(\d+)\.", "norm.weight")
 
 
 def _final_norm(match: str, to: str, final_norm: bool) -> Rule:

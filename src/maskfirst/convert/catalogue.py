@@ -1,0 +1,244 @@
+"""The catalogue: every origin that checkpoints may have, and the one way by which they become ours."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from maskfirst import recipe as recipes
+from maskfirst import weights
+from maskfirst.build import Experiment
+from maskfirst.contracts import Resizable
+from maskfirst.convert import segvit, vit
+from maskfirst.convert.pickles import Opened, open_checkpoint
+from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
+from maskfirst.errors import UserError
+from maskfirst.files import write_aside
+from maskfirst.recipe import Recipe
+from maskfirst.segmenter import Segmenter
+from maskfirst.types import Vocabulary
+
+Tensors = Mapping[str, Tensor]
+
+
+class ConvertError(UserError):
+    """A checkpoint that is of no known origin, or that does not fit the recipe."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An origin of whole models. Its functions are given the foreign keys, or the tensors by them.
+
+    `describe`: what the tensors are, in words. `plan`: the bundled recipe of the very same model, with overrides, or None;
+    both may raise KeyError where a key is missing.
+    """
+
+    name: str
+    recognises: Callable[[Collection[str]], bool]
+    describe: Callable[[Tensors], str]
+    plan: Callable[[Tensors], tuple[str, tuple[str, ...]] | None]
+    rules: Callable[[Collection[str]], Sequence[Rule]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An origin of pretrained parts. `place`: where in a recipe such a part stands.
+
+    `build`: an equal part of ours, without memory; may raise KeyError. `rules` is told whether that part has a final norm.
+    """
+
+    name: str
+    recognises: Callable[[Collection[str]], bool]
+    place: str
+    build: Callable[[Tensors], nn.Module]
+    rules: Callable[[bool], Sequence[Rule]]
+
+
+_TRUNK = "proposer.backbone.trunk"
+ORIGINS: tuple[Whole | Part, ...] = (
+    Whole("SegViT", segvit.recognises, lambda tensors: str(segvit.facts(tensors)), segvit.plan, segvit.rules),
+    Part("a ViT of mmseg's", vit.is_mmseg, _TRUNK, vit.MMSEG.build, vit.mmseg_rules),
+    Part("a ViT of AugReg's (JAX)", vit.is_jax, _TRUNK, vit.JAX.build, vit.jax_rules),
+    Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, vit.timm_rules),
+)
+"""The first that recognises a checkpoint's keys counts."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a checkpoint. `tensors`: how many were taken over; none is ever resized.
+
+    `recipe` is None for a part, and `overrides` are those that the tensors asked for. `left`: keys that were knowingly left
+    behind, and why. `notes`: what its user should know.
+    """
+
+    checkpoint: str
+    origin: str
+    holds: str
+    recipe: str | None
+    overrides: tuple[str, ...]
+    out: str
+    tensors: int
+    left: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        lines = [f"{self.checkpoint}: {self.holds} ({self.origin})"]
+        if self.recipe is not None:
+            lines.append(f"recipe: {' '.join([self.recipe, *self.overrides])}")
+        lines.append(f"taken over as they are: {self.tensors} tensors; resized: none")
+        reasons: dict[str, list[str]] = {}
+        for key, reason in self.left.items():
+            reasons.setdefault(reason, []).append(key)
+        lines += [f"left behind: {_some(keys)}: {reason}" for reason, keys in reasons.items()]
+        return "\n".join([*lines, *self.notes, f"written: {self.out}"])
+
+
+def released() -> dict[str, str]:
+    """The released checkpoints that are known: file name -> the bundled recipe of its model."""
+    trees = {name: recipes.load(name).tree for name in recipes.names()}
+    published = {name: tree.get("published") or {} for name, tree in trees.items()}
+    return {told["checkpoint"]: name for name, told in published.items() if "checkpoint" in told}
+
+
+def convert(checkpoint: Path | str, recipe: Recipe | None, out: Path | str) -> Report:
+    """Writes the weights `out` from a foreign checkpoint; every key of both sides is spoken for, or nothing is written.
+
+    Whole models need a recipe of the same model; None takes the bundled one that their shapes ask for. Pretrained parts
+    become a file for `weights:` at their place in a recipe; a recipe is then checked to have a place that it fits.
+    Raises CheckpointError, ConvertError, RecipeError or DiskError, each in one line.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.suffix != ".safetensors":
+        raise ConvertError(f"{out}: weights are written as .safetensors; give --out such a name")
+    opened = open_checkpoint(checkpoint)
+    origin = next((each for each in ORIGINS if each.recognises(opened.tensors.keys())), None)
+    if origin is None:
+        tops = sorted({key.replace("/", ".").split(".")[0] for key in opened.tensors})
+        known = ", ".join(each.name for each in ORIGINS)
+        raise ConvertError(f"{checkpoint}: of no known origin; it holds {_some(tops)}. Known: {known}.")
+    if isinstance(origin, Whole):
+        return _whole(checkpoint, opened, origin, recipe, out)
+    return _part(checkpoint, opened.tensors, origin, recipe, out)
+
+
+def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | None, out: Path) -> Report:
+    tensors = opened.tensors
+    try:
+        holds, plan = origin.describe(tensors), origin.plan(tensors)
+    except KeyError as error:
+        if recipe is None:
+            raise _lacking(checkpoint, origin.name, error) from error
+        holds, plan = f"a {origin.name} without {error}", None
+    overrides: tuple[str, ...] = ()
+    if recipe is None:
+        if plan is None:
+            raise ConvertError(f"{checkpoint}: {holds}, which no bundled recipe is; give the recipe of its model")
+        recipe, overrides = recipes.load(*plan), plan[1]
+    try:
+        experiment, segmenter, renamed = _fitted(tensors, origin, recipe)
+    except RenameError as error:
+        if plan is not None and plan[0] != recipe.name:
+            better = " ".join((plan[0], *(f"-s {override}" for override in plan[1])))
+            raise ConvertError(f"{checkpoint}: {holds}, which {recipe.name} is not; take --recipe {better}") from error
+        if plan is None or not plan[1] or overrides:
+            raise ConvertError(f"{checkpoint} with recipe {recipe.name}: {error}") from error
+        # The right recipe, of whose model there are several, such as PASCAL-Context's 59 and 60 classes.
+        recipe, overrides = recipes.override(recipe, plan[1]), plan[1]
+        experiment, segmenter, renamed = _fitted(tensors, origin, recipe)
+    segmenter.load_state_dict(_as_ours(renamed, segmenter), assign=True)
+    weights.save(out, segmenter, recipe.tree, experiment.vocabulary, source=f"{checkpoint.name} ({origin.name})")
+    notes = _name_notes(opened.beside, experiment.vocabulary)
+    taken, left = len(renamed.homes), renamed.left
+    return Report(str(checkpoint), origin.name, holds, recipe.name, overrides, str(out), taken, left, notes)
+
+
+def _fitted(tensors: Tensors, origin: Whole, recipe: Recipe) -> tuple[Experiment, Segmenter, Renamed]:
+    """The model of a recipe, without memory, and the tensors by its keys. Raises RenameError where they do not fit."""
+    experiment = Experiment(recipe)
+    segmenter = experiment.segmenter(meta=True)
+    return experiment, segmenter, rename(tensors, origin.rules(tensors.keys()), _shapes(segmenter))
+
+
+def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | None, out: Path) -> Report:
+    try:
+        module = origin.build(tensors)
+    except KeyError as error:
+        raise _lacking(checkpoint, origin.name, error) from error
+    shapes = _shapes(module)
+    try:
+        renamed = rename(tensors, origin.rules("vit.norm.weight" in shapes), shapes)
+    except RenameError as error:
+        raise ConvertError(f"{checkpoint}: {error}") from error
+    ours = _as_ours(renamed, module)
+    if recipe is not None:
+        _check_place(checkpoint, ours, origin, recipe)
+    with write_aside(out) as aside:
+        save_file(ours, aside, {"part": origin.place, "source": f"{checkpoint.name} ({origin.name})"})
+    holds = f"{origin.name}, {len(ours)} tensors without a head"
+    note = f"use: `-s {origin.place}.weights={out}`, or the key `weights` at that place of any recipe that it fits"
+    return Report(str(checkpoint), origin.name, holds, None, (), str(out), len(renamed.homes), renamed.left, (note,))
+
+
+def _check_place(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) -> None:
+    """Raises ConvertError unless the recipe has such a part, all of whose tensors are here or can be resized from here."""
+    places = dict(Experiment(recipe).segmenter(meta=True).named_modules())
+    if origin.place not in places:
+        raise ConvertError(f"{checkpoint}: {origin.name}, and {recipe.name} has no {origin.place} to put it in")
+    part = places[origin.place]
+    wrong = []
+    for name, goal in part.state_dict().items():
+        found = ours.get(name)
+        if found is not None and found.shape != goal.shape and isinstance(part, Resizable):
+            found = part.resize_from(name, found)
+        if found is None or found.shape != goal.shape:
+            told = "missing" if name not in ours else f"{list(ours[name].shape)} for {list(goal.shape)}"
+            wrong.append(f"{name} {told}")
+    if wrong:
+        raise ConvertError(f"{checkpoint}: does not fit {origin.place} of {recipe.name}: {_some(wrong)}")
+
+
+def _lacking(checkpoint: Path, origin: str, error: KeyError) -> ConvertError:
+    return ConvertError(f"{checkpoint}: looks like {origin}, but has no {error}; is it whole?")
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in module.state_dict().items()}
+
+
+def _as_ours(renamed: Renamed, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors in the types that the module has them in, each in memory of its own."""
+    own = module.state_dict()
+    return {key: tensor.to(own[key].dtype, copy=True).contiguous() for key, tensor in renamed.tensors.items()}
+
+
+def _name_notes(beside: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[str, ...]:
+    """Whether the classes that the checkpoint names itself, as mmcv's do, are the recipe's."""
+    meta = beside.get("meta")
+    told = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    if not isinstance(told, Sequence) or isinstance(told, str):
+        return ()
+    pairs = zip((str(name) for name in told), vocabulary.names, strict=False)
+    other = [f"'{theirs}' here '{ours}'" for theirs, ours in pairs if _plain(theirs) != _plain(ours)]
+    if len(told) != len(vocabulary):
+        return (
+            f"note: it names {len(told)} classes, and the recipe {len(vocabulary)}; look whether they are the same",
+        )
+    return (f"note: {len(other)} classes have other names: {_some(other)}",) if other else ()
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _some(words: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
