@@ -50,9 +50,10 @@ def resize_positions(table: Float[Tensor, "1 M D"], grid: Size) -> Float[Tensor,
 class TimmViT(Trunk, Resizable):
     """A plain ViT of timm's: patch tokens only, the class token being embedded and dropped as SegViT does.
 
-    `size`: the square picture, px, whose grid the position table has; other grids interpolate it at run time.
+    `size`: the square picture, px, whose grid the position table has; other grids interpolate it at run time. `model`: timm's
+    name, with a tag such as `.augreg_in21k_ft_in1k` to choose among its pretrained weights; `pretrained` downloads them.
     `drop_path_on`: the branches that are dropped in training, "mlp" (mmseg 0.24) or "both" (mmseg before and after).
-    `final_norm`: without it `norm` is the identity and has no parameters. `norm_eps`: of every LayerNorm; None: the model's own.
+    `final_norm`: without it `norm` is the identity and has no parameters. `norm_eps`: of every LayerNorm; None: the model's.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class TimmViT(Trunk, Resizable):
     ) -> None:
         super().__init__()
         timm = load_timm()
-        known = timm.list_models("vit_*")
+        known = [*timm.list_models("vit_*"), *timm.list_pretrained("vit_*")]
         if model not in known:
             raise ValueError(f"timm has no plain ViT '{model}'.{nearest(model, known)}")
         norm = None if norm_eps is None else partial(timm.layers.LayerNorm, eps=norm_eps)
@@ -87,7 +88,6 @@ class TimmViT(Trunk, Resizable):
         sides = max(size)
         self.vit: Any = timm.create_model(
             model,
-            pretrained=pretrained,
             img_size=sides,
             num_classes=0,
             global_pool="",
@@ -95,6 +95,15 @@ class TimmViT(Trunk, Resizable):
             final_norm=final_norm,
             **{key: value for key, value in chosen.items() if value is not None},
         )
+        if pretrained:
+            try:
+                trained = timm.create_model(model, pretrained=True, num_classes=0, global_pool="")
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"the pretrained weights of {model} could not be fetched ({reason}); give `weights:` instead"
+                ) from error
+            self._start_from(trained)
         if drop_path_on == "mlp":
             for block in self.vit.blocks:
                 block.drop_path1 = nn.Identity()
@@ -106,6 +115,15 @@ class TimmViT(Trunk, Resizable):
         self.scale: Tensor
         self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def _start_from(self, trained: nn.Module) -> None:
+        """Takes over the weights of a ViT of another size. timm would resize the positions with other bicubic weights."""
+        theirs = trained.state_dict()
+        theirs["pos_embed"] = self.resize_from("vit.pos_embed", theirs["pos_embed"])
+        own = self.vit.state_dict()
+        if any(theirs.get(name) is None or theirs[name].shape != tensor.shape for name, tensor in own.items()):
+            raise ValueError("pretrained weights are for the model as timm has it; leave out width, depth and patch")
+        self.vit.load_state_dict({name: theirs[name] for name in own})
 
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
         height, width = pixels.shape[-2:]
