@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from maskfirst.contracts import Namer, PerClass
+from maskfirst.errors import UserError
 from maskfirst.types import Batch, Names, Proposals, Vocabulary
 
 
@@ -31,7 +32,7 @@ class ClassHead(Namer):
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         if proposals.queries is None:
-            raise ValueError(
+            raise UserError(
                 "namer class_head reads queries, and this proposer gives none; use `given` or a point namer"
             )
         return Names(self.linear(proposals.queries))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from maskfirst.contracts import Namer
+from maskfirst.errors import UserError
 from maskfirst.types import Batch, Names, Proposals
 
 
@@ -14,5 +15,5 @@ class Given(Namer):
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         if proposals.names is None:
-            raise ValueError("namer given: this proposer's masks arrive without names; use a namer such as class_head")
+            raise UserError("namer given: this proposer's masks arrive without names; use a namer such as class_head")
         return proposals.names
