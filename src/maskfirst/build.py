@@ -107,7 +107,7 @@ class Experiment:
         try:
             return vocabularies.load(said) if isinstance(said, str) else vocabularies.from_names(said)
         except UserError as error:
-            raise self._error(f"vocabulary: {error}") from error
+            raise self._error(str(error)) from error
 
     def segmenter(self, meta: bool = False) -> Segmenter:
         """A new model, initialised but for what `weights:` and `pretrained:` bring.

@@ -9,17 +9,16 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from maskfirst.errors import UserError, nearest
 
-T = TypeVar("T")
 Finish = Callable[[Any, Mapping[str, Any], str], None]
 """Told a part that has just been built, the reserved keys that its node says, and its place in the recipe."""
 RESERVED: Mapping[str, Any] = {"weights": str, "freeze": bool | list[str]}
@@ -60,15 +59,20 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     The value of an override is YAML; numbers in its path index lists. Raises RecipeError.
     """
     path, shown = _locate(source)
-    tree = _inherited(path, shown, ())
-    for override in overrides:
-        tree = _overridden(tree, override, shown)
-    return Recipe(tree, shown)
+    return override(Recipe(_inherited(path, shown, ()), shown), overrides)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `overrides`, see `load`. Raises RecipeError."""
+    tree = recipe.tree
+    for each in overrides:
+        tree = _overridden(tree, each, recipe.source)
+    return replace(recipe, tree=tree)
 
 
 def construct(
     node: Any,
-    wanted: type[T],
+    wanted: Any,
     *,
     menus: Mapping[type, Mapping[str, str]],
     given: Mapping[type, Mapping[str, Any]] | None = None,
@@ -76,7 +80,7 @@ def construct(
     source: str,
     trusted: bool = True,
     finish: Mapping[type, Finish] | None = None,
-) -> T:
+) -> Any:
     """The object of type `wanted` that `node` describes, by the annotations of its constructor's parameters.
 
     Contracts in `menus` (contract -> kind -> "module:Class") let `kind` choose; other classes and dataclasses are built as
@@ -287,7 +291,8 @@ def _explain(error: ValidationError, node: Any) -> tuple[tuple[int | str, ...], 
         messages.append(message.replace("valid dictionary", "mapping").replace("an object", "a mapping"))
     first, *others = dict.fromkeys(messages)
     sentence = " or ".join([first[0].lower() + first[1:], *(other.removeprefix("should be ") for other in others)])
-    return place, f"{sentence}, got {_told(got)}."
+    # So it marks the key of a mapping, as against its value.
+    return tuple(key for key in place if key != "[key]"), f"{sentence}, got {_told(got)}."
 
 
 def _place(source: str, where: str) -> str:
@@ -317,14 +322,14 @@ def _told(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema: `1e-4` is a number, `on` and `no` are words. Keys are text, and none may occur twice."""
+    """YAML 1.2's core schema and `<<`: `1e-4` is a number, `on` and `no` are words. Keys are text; none may occur twice."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (PyYAML fills the class's own)
     yaml_constructors: dict[Any, Any] = {None: yaml.SafeLoader.yaml_constructors[None]}  # noqa: RUF012
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
         lines: dict[str, int] = {}
-        content = {}
+        content, inherited = {}, {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key should be a word", key.start_mark)
@@ -332,8 +337,14 @@ class _Loader(yaml.SafeLoader):
                 problem = f"key '{key.value}' occurs twice, first in line {lines[key.value]}"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
-            content[key.value] = self.construct_object(value, deep=True)
-        return content
+            built = self.construct_object(value, deep=True)
+            if key.value != "<<":
+                content[key.value] = built
+            elif isinstance(built, dict):
+                inherited = built
+            else:
+                raise yaml.constructor.ConstructorError(None, None, "'<<' should be given a mapping", key.start_mark)
+        return inherited | content
 
     def sequence(self, node: yaml.SequenceNode) -> list[Any]:
         return [self.construct_object(item, deep=True) for item in node.value]

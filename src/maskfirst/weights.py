@@ -76,9 +76,9 @@ class LoadReport:
             if count:
                 sentences.append(f"{len(count)} {what} ({_listed(count)})")
         if self.kept:
-            sentences.append(f"rows of {len(self.kept)} classes carried over by name ({_listed(self.kept)})")
+            sentences.append(f"the rows of {len(self.kept)} names carried over ({_listed(self.kept)})")
         if self.fresh:
-            sentences.append(f"rows of {len(self.fresh)} classes at their initialisation ({_listed(self.fresh)})")
+            sentences.append(f"those of {len(self.fresh)} at their initialisation ({_listed(self.fresh)})")
         return "; ".join(sentences) + "."
 
 
@@ -136,7 +136,7 @@ def read(source: str | Path) -> WeightsFile:
             raise ValueError("the recipe and the scores should be mappings")
         vocabulary = TypeAdapter(Vocabulary).validate_json(metadata["vocabulary"], strict=True)
     except (KeyError, ValueError, RecursionError) as error:
-        what = f"{error.error_count()} faults in the vocabulary" if isinstance(error, ValidationError) else str(error)
+        what = f"faults in the vocabulary: {error.error_count()}" if isinstance(error, ValidationError) else str(error)
         raise WeightsError(f"{path}: damaged metadata: {what}") from error
     return WeightsFile(
         path, Recipe(tree, str(path), trusted=False), vocabulary, scores, metadata.get("source", ""), tensors
