@@ -1,0 +1,594 @@
+"""The command line: each verb reads its arguments, calls what does the work, and prints what came out.
+
+Whatever is heavy is imported inside the verbs, so that `--help` answers at once.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from maskfirst.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from maskfirst.build import Experiment
+    from maskfirst.contracts import Dataset
+    from maskfirst.cost import Cost
+    from maskfirst.data.check import Report
+    from maskfirst.types import Vocabulary
+
+DEFAULT = "camvid-small"
+"""The bundled weights that `predict` takes when it is given pictures alone."""
+
+app = typer.Typer(
+    help="Image segmentation with vision transformers. Masks first, names second.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Precision(StrEnum):
+    """The numbers that a network computes with."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Split(StrEnum):
+    """A part of a data set."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+class Task(StrEnum):
+    """What a picture is turned into."""
+
+    semantic = "semantic"
+    instance = "instance"
+    panoptic = "panoptic"
+
+
+class Log(StrEnum):
+    """A place for the numbers of a training, besides the run folder's own log."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
+class Oracle(StrEnum):
+    """A part that is told the truth."""
+
+    oracle = "oracle"
+
+
+Weights = Annotated[str, typer.Argument(help="A .safetensors file, a run folder, hub:org/name or a bundled name.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GPUs, where there are any.")]
+Tta = Annotated[bool, typer.Option("--tta", help="Average over the scales and flips of the recipe's `inference`.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")],
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/RECIPE by default.")] = None,
+    start_from: Annotated[str | None, typer.Option("--from", help="Weights of which all that fits is loaded.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Pictures at once in a process, auto for what fits; those of a step stay the recipe's.",
+        ),
+    ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="In place of the recipe's.")] = None,
+    devices: Devices = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    log: Annotated[list[Log] | None, typer.Option(help="Where else numbers go; tensorboard by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model. The run folder gets the best and the last weights, scores, curves and pictures."""
+    from maskfirst.loggers import LOGGERS
+    from maskfirst.train import train
+
+    experiment = _experiment(recipe, [*(changes or []), *([] if batch is None else [f"train.micro={_micro(batch)}"])])
+    folder = out or Path("runs") / experiment.recipe.name
+    result = train(
+        experiment,
+        folder,
+        resume=resume,
+        devices=devices,
+        nodes=nodes,
+        precision=None if precision is None else precision.value,
+        start_from=start_from,
+        loggers=[LOGGERS[place] for place in log or [Log.tensorboard]],
+    )
+    if not _chief():
+        return
+    if as_json:
+        _print_json({"out": str(folder), "steps": result.steps, "best": result.best, "scores": result.scores})
+    else:
+        print(f"best score {result.best:.2%}; weights, curves and pictures are in {folder}")
+
+
+@app.command()
+def evaluate(
+    weights: Weights,
+    data: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Take the data of this recipe, not of the weights'.")
+    ] = None,
+    changes: Changes = None,
+    split: Annotated[Split, typer.Option(help="The part of the data.")] = Split.val,
+    task: Annotated[Task | None, typer.Option(help="In place of the recipe's.")] = None,
+    tta: Tta = False,
+    proposer: Annotated[Oracle | None, typer.Option(help="Take the true masks: measures the names alone.")] = None,
+    namer: Annotated[Oracle | None, typer.Option(help="Take the true names: measures the masks alone.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores.json and pictures of the ten worst.")] = None,
+    devices: Devices = 1,
+    precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
+    as_json: Json = False,
+) -> None:
+    """Score a model against the truth of a data set, class by class."""
+    from maskfirst import build, ranks
+    from maskfirst.evaluate import evaluate
+    from maskfirst.files import write_json
+    from maskfirst.namers.oracle import OracleNamer
+    from maskfirst.proposers.oracle import OracleProposer
+    from maskfirst.weights import require_same_vocabulary
+
+    segmenter = build.load(weights)
+    experiment = _of_weights(weights, changes) if data is None else _experiment(data, changes)
+    dataset = experiment.dataset(split.value)
+    require_same_vocabulary(segmenter.vocabulary, dataset.vocabulary, f"{experiment.recipe.source}: data.{split}")
+    if proposer is not None:
+        segmenter.proposer = OracleProposer(segmenter.vocabulary)
+    if namer is not None:
+        segmenter.namer = OracleNamer(segmenter.vocabulary)
+    with ranks.processes(devices, 1, precision.value) as fabric:
+        chief = fabric.global_rank == 0
+        with _bar("evaluating", chief) as advance, fabric.autocast():
+            segmenter.to(fabric.device)
+            found = evaluate(
+                segmenter,
+                dataset,
+                task.value if task else experiment.task,
+                augment=tta,
+                rank=fabric.global_rank,
+                world=fabric.world_size,
+                reduce=ranks.total,
+                gather=ranks.gather,
+                progress=advance,
+                worst_dir=None if out is None else out / "worst",
+            )
+    if not chief:
+        return
+    if out is not None:
+        write_json(out / "scores.json", found.as_json())
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        _print(found.as_table())
+    _end([error for _, error in found.failed])
+
+
+@app.command()
+def predict(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[WEIGHTS] PATH...", help=f"Weights ({DEFAULT} if none are named); files, folders and globs."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for label maps, overlays and summary.json.")],
+    weights: Annotated[str | None, typer.Option(help="The weights, if not the first argument.")] = None,
+    task: Annotated[Task, typer.Option(help="What to make of the pictures.")] = Task.semantic,
+    tta: Tta = False,
+    overlays: Annotated[bool, typer.Option(help="Paint the classes over the pictures, too.")] = True,
+    opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the paint.")] = 0.5,
+    colors: Annotated[
+        str | None, typer.Option(metavar="VOCABULARY", help="Take the colours of this one, a bundled name or a file.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier run has finished.")] = False,
+    precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
+    as_json: Json = False,
+) -> None:
+    """Segment pictures: label maps, overlays with a legend, and the share of every class."""
+    import torch
+
+    from maskfirst import build
+    from maskfirst.predict import predict_files
+
+    chosen, paths = _weights_and_paths(arguments, weights)
+    # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    segmenter = build.load(chosen, device)
+    painted = None if colors is None else _colors(segmenter.vocabulary, colors)
+    low = torch.autocast(device, torch.bfloat16, enabled=precision is Precision.bf16)
+    with _bar("predicting", True) as advance, low:
+        summary = predict_files(
+            segmenter,
+            paths,
+            out,
+            task.value,
+            overlays=overlays,
+            opacity=opacity,
+            colors=painted,
+            resume=resume,
+            augment=tta,
+            progress=advance,
+        )
+    if as_json:
+        _print_json(summary.as_json())
+    else:
+        print(f"{len(summary.images)} pictures segmented with {chosen}; see {out / 'overlays' if overlays else out}")
+    _end([each["error"] for each in summary.failed])
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|WEIGHTS", help="A recipe, or weights.")],
+    changes: Changes = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Of the picture, px; the recipe's size by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a recipe as it is resolved, and what its model costs: parameters, multiply-adds, memory to train."""
+    import yaml
+
+    from maskfirst.cost import cost
+
+    experiment = _experiment(what, changes) if not _names_weights(what) else _of_weights(what, changes)
+    segmenter = experiment.segmenter(meta=True)
+    seen = experiment.size if size is None else _size(size)
+    if seen is None:
+        raise UserError(f"{experiment.recipe.source}: has no `size`; give one with --size 512x512")
+    found = cost(segmenter, seen)
+    if as_json:
+        _print_json({"recipe": experiment.recipe.tree, "cost": _cost_as_json(found)})
+        return
+    print(yaml.safe_dump(experiment.recipe.tree, sort_keys=False, allow_unicode=True, default_flow_style=None))
+    _print(_cost_as_table(found))
+
+
+@app.command()
+def check(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or a data folder.")],
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json and a contact sheet.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for all that is wrong with a recipe and its data. Reads every picture once; exits with 1 if there is something."""
+    from maskfirst.data.check import check
+    from maskfirst.files import write_json
+
+    datasets = _datasets(what, changes)
+    with _bar("checking", True) as advance:
+        report = check(datasets, None if out is None else out / "sheet.png", advance)
+    if out is not None:
+        write_json(out / "report.json", report.as_json())
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        _print_report(report)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of one of the original projects.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe of its model; the bundled one that fits by default.")
+    ] = None,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Make weights of ours from a checkpoint of the original projects; every key of it is spoken for."""
+    from maskfirst.convert.catalogue import convert
+
+    if recipe is None and changes:
+        raise UserError("convert: --set changes a recipe; give one with --recipe")
+    report = convert(checkpoint, None if recipe is None else _experiment(recipe, changes).recipe, out)
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        print(report)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the bundled recipes: what was published, and beside it what our own models count."""
+    from rich.table import Table
+
+    from maskfirst import recipe
+    from maskfirst.cost import multiply_adds
+
+    names = recipe.names()
+    rows = []
+    with _bar("counting", True) as advance:
+        for done, name in enumerate(names, 1):
+            experiment = _experiment(name, None)
+            segmenter = experiment.segmenter(meta=True)
+            counted = None if experiment.size is None else multiply_adds(segmenter, experiment.size)[0].total()
+            own = {"parameters": sum(each.numel() for each in segmenter.parameters()), "multiply_adds": counted}
+            rows.append({"recipe": name, "published": experiment.recipe.tree.get("published"), "ours": own})
+            advance(done, len(names))
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(
+        "recipe", "data", caption="mIoU: one scale / multi-scale and flip, as published; parameters and GFLOPs"
+    )
+    for column in ("mIoU", "M", "ours", "G", "ours"):
+        table.add_column(column, justify="right")
+    table.add_column("checkpoint")
+    for row in rows:
+        told, own = row["published"] or {}, row["ours"]
+        scores = " / ".join(f"{score:.1f}" for score in told.get("scores", {}).values())
+        table.add_row(
+            row["recipe"],
+            told.get("dataset", ""),
+            scores,
+            f"{told['parameters'] / 1e6:.1f}" if "parameters" in told else "",
+            f"{own['parameters'] / 1e6:.1f}",
+            f"{told['gflops']:.1f}" if "gflops" in told else "",
+            "" if own["multiply_adds"] is None else f"{own['multiply_adds'] / 1e9:.1f}",
+            told.get("checkpoint", ""),
+        )
+    _print(table)
+
+
+@app.command()
+def shapes(
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    count: Annotated[int, typer.Option(min=2, help="Pictures, a quarter of them for validation.")] = 12,
+) -> None:
+    """Write a small made-up data set: pictures, label maps, class names, COCO files."""
+    from maskfirst.data.shapes import write_demo
+
+    pictures = write_demo(out, count)
+    print(f"{len(pictures)} pictures with their truth in {out}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from maskfirst import __version__
+
+    print(__version__)
+
+
+def main() -> None:
+    """The entry point: a UserError is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"maskfirst: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _experiment(name: str, changes: list[str] | None) -> "Experiment":
+    """The experiment of a recipe, all that needs neither data nor weights being checked."""
+    from maskfirst import recipe
+    from maskfirst.build import Experiment
+
+    experiment = Experiment(recipe.load(name, changes or []))
+    experiment.check()
+    return experiment
+
+
+def _chief() -> bool:
+    """Whether this process speaks for all that a run was given, however they were started."""
+    return not any(int(os.environ.get(rank, 0)) for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _of_weights(name: str, changes: list[str] | None) -> "Experiment":
+    """The experiment of the recipe in weights."""
+    from maskfirst import recipe, weights
+    from maskfirst.build import Experiment
+
+    file = weights.read(name)
+    return Experiment(recipe.override(file.recipe, changes or []), file.vocabulary)
+
+
+def _names_weights(text: str) -> bool:
+    """Whether a word is meant as weights: it has their ending, or is a run folder or a bundled name."""
+    from maskfirst.weights import PICKLES, WeightsError, locate
+
+    path = Path(text)
+    if text.startswith("hub:") or path.suffix.lower() in (".safetensors", *PICKLES):
+        return True
+    if path.is_file():
+        return False
+    try:
+        locate(text)
+    except WeightsError:
+        return False
+    return True
+
+
+def _weights_and_paths(arguments: list[str], weights: str | None) -> tuple[str, list[str]]:
+    if weights is not None:
+        return weights, arguments
+    first, *others = arguments
+    if not _names_weights(first):
+        return DEFAULT, arguments
+    if not others:
+        raise UserError(f"predict {first}: weights, but no pictures; name files, folders or globs after them")
+    return first, others
+
+
+def _datasets(what: str, changes: list[str] | None) -> dict[str, "Dataset"]:
+    """The splits of a recipe, or of a folder in the layout that the data set `folder` reads."""
+    from maskfirst.build import SPLITS
+    from maskfirst.data.folder import Folder
+
+    if Path(what).is_dir():
+        if changes:
+            raise UserError(f"check {what}: --set changes a recipe, and this is a folder; write a recipe for it")
+        there = [split for split in SPLITS if Path(what, "images", split).is_dir()] or ["train"]
+        return {split: Folder(what, split=split) for split in there}
+    experiment = _experiment(what, changes)
+    return {
+        split: experiment.dataset(split) for split in SPLITS if (experiment.recipe.tree.get("data") or {}).get(split)
+    }
+
+
+def _colors(vocabulary: "Vocabulary", source: str) -> list[tuple[int, int, int]]:
+    """The colours of `vocabulary`, those of another one for the names that both have."""
+    from maskfirst.data.vocabulary import load
+
+    other = load(source)
+    found = dict(zip(other.names, other.colors, strict=True))
+    if not set(found) & set(vocabulary.names):
+        raise UserError(f"--colors {source}: has none of the model's names ({', '.join(vocabulary.names[:5])}, ...)")
+    return [found.get(name, color) for name, color in zip(vocabulary.names, vocabulary.colors, strict=True)]
+
+
+def _micro(batch: str) -> str:
+    if batch != "auto" and not (batch.isdecimal() and int(batch) > 0):
+        raise UserError(f"--batch {batch}: should be a number of pictures, or auto{nearest(batch, ['auto'])}")
+    return batch
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise UserError(f"--size {text}: should look like 512x768, height first")
+    return int(height), int(width)
+
+
+@contextlib.contextmanager
+def _bar(what: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with rate and time left, if that is a terminal; told (done, all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task(what, total=None, rate="")
+
+        def advance(done: int, total: int) -> None:
+            speed = progress.tasks[task].speed
+            progress.update(task, completed=done, total=total, rate="" if speed is None else f"{speed:.3g} img/s")
+
+        yield advance
+
+
+def _print(what: "RenderableType") -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(what)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(_finite(content), indent=1, ensure_ascii=False))
+
+
+def _finite(content: Any) -> Any:
+    """The content with None for NaN and infinity, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _end(failed: list[str]) -> None:
+    """Names what could not be read; with exit code 1 if there is any, the rest having been done."""
+    for error in failed:
+        print(f"maskfirst: skipped: {error}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_report(report: "Report") -> None:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("class")
+    for split, count in report.images.items():
+        table.add_column(f"{split}: {count} pictures", justify="right")
+    totals = {
+        split: sum(each.pixels for each in found) + report.void[split] for split, found in report.frequencies.items()
+    }
+
+    def share(split: str, pixels: int) -> str:
+        return f"{pixels / totals[split]:.2%}" if totals[split] else "-"
+
+    for rows in zip(*report.frequencies.values(), strict=False):
+        cells = (
+            f"{share(split, row.pixels)} in {row.images}" for split, row in zip(report.frequencies, rows, strict=True)
+        )
+        table.add_row(rows[0].name, *cells)
+    table.add_row("without a class", *(share(split, pixels) for split, pixels in report.void.items()), style="dim")
+    _print(table)
+    for problem in report.problems:
+        print(f"- {problem}")
+        for item in problem.items[:10]:
+            print(f"    {item}")
+        if len(problem.items) > 10:
+            print(f"    and {len(problem.items) - 10} more")
+    found = f"{len(report.problems)} problems" if report.problems else "nothing wrong"
+    print(found if report.sheet is None else f"{found}; see {report.sheet}")
+
+
+def _cost_as_json(found: "Cost") -> dict[str, Any]:
+    memory = found.memory
+    return {
+        "size": found.size,
+        "parameters": found.parameters,
+        "parameters_by_part": dict(found.parameters_by_part),
+        "multiply_adds": found.multiply_adds,
+        "multiply_adds_by_operator": dict(found.by_operator),
+        "training_bytes": {"per_image": memory.activations, "once": memory.total(0)},
+    }
+
+
+def _cost_as_table(found: "Cost") -> "RenderableType":
+    from rich.table import Table
+
+    height, width = found.size
+    memory = found.memory
+    table = Table(title=f"one picture of {height} x {width} px", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("parameters", _short(found.parameters))
+    for part, count in found.parameters_by_part.items():
+        table.add_row(f"  {part}", _short(count), style="dim")
+    table.add_row("multiply-adds", _short(found.multiply_adds))
+    for operator, count in found.by_operator.items():
+        table.add_row(f"  {operator}", _short(count), style="dim")
+    table.add_row("memory to train (fp32, AdamW)", f"{_short(memory.total(1), 1024)}B")
+    table.add_row("  each picture", f"{_short(memory.activations, 1024)}B", style="dim")
+    table.add_row("  weights, gradients, optimizer", f"{_short(memory.total(0), 1024)}B", style="dim")
+    return table
+
+
+def _short(count: float, thousand: int = 1000) -> str:
+    """A count with its unit, such as 120.9 G; with `thousand` 1024, such as 1.5 Gi."""
+    units = ("", "k", "M", "G", "T") if thousand == 1000 else ("", "Ki", "Mi", "Gi", "Ti")
+    power = 0
+    while count >= thousand and power + 1 < len(units):
+        count, power = count / thousand, power + 1
+    return f"{count:.4g} {units[power]}"
