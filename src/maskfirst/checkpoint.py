@@ -90,8 +90,8 @@ class RunFolder:
         if (self.path / STATE).exists():
             saved = json.loads(self._metadata())
             _compare(self.path, saved["recipe"], recipe)
-            state = State(**saved["state"])
-            state.curve = [(step, score) for step, score in state.curve]
+            curve = [(step, score) for step, score in saved["state"]["curve"]]
+            state = State(**{**saved["state"], "curve": curve})
         elif (self.path / RECIPE).exists():
             _compare(self.path, yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8")), recipe)
         for unfinished in self.path.glob(".*.part"):
@@ -152,6 +152,17 @@ class RunFolder:
             told.append(held)
         _write(path, tensors, json.dumps(told))
         return path
+
+    @staticmethod
+    def read_batch(path: Path | str) -> list[Load]:
+        """What `save_batch` has kept."""
+        with safe_open(path, "pt") as file:
+            told = json.loads(file.metadata()["maskfirst"])
+            names = ("images", "ids", "classes", "crowd")
+            return [
+                Load(*(file.get_tensor(f"{number}.{name}") for name in names), **{k: tuple(v) for k, v in held.items()})
+                for number, held in enumerate(told)
+            ]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the saved state, on the CPU."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from maskfirst.errors import UserError
-from maskfirst.files import write_aside
+from maskfirst.files import DiskError, write_aside
 
 
 class Logger(Protocol):
@@ -51,11 +51,16 @@ class JsonLines:
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by `close`)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, **rounded}) + "\n")
+        self._add({"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}})
 
     def picture(self, step: int, path: Path) -> None:
-        self.file.write(json.dumps({"step": step, "picture": path.name}) + "\n")
+        self._add({"step": step, "picture": path.name})
+
+    def _add(self, line: dict[str, Any]) -> None:
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DiskError(f"{self.file.name}: cannot be written to: {error.strerror}") from error
 
     def close(self) -> None:
         self.file.close()
@@ -121,6 +126,8 @@ class MLflow:
         self.run = _identity(
             out / "mlflow.id", lambda: self.client.create_run(experiment, run_name=out.name).info.run_id
         )
+        # A run that is gone on with has been set to finished or failed.
+        self.client.update_run(self.run, status="RUNNING")
         self.client.log_dict(self.run, dict(recipe), "recipe.json")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

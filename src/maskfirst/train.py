@@ -133,7 +133,7 @@ def train(
                 with average.applied() if average else contextlib.nullcontext():
                     found = evaluate(
                         segmenter, validation, task, rank=rank, world=world, reduce=ranks.total, gather=ranks.gather,
-                        progress=evaluating, worst=0, workers=settings.workers,
+                        progress=evaluating, worst=0,
                     )  # fmt: skip
                     state.record(found.as_json(), task)
                     state.unreadable = sorted({told for every in ranks.gather(state.unreadable) for told in every})
