@@ -4,7 +4,7 @@ Nothing in such a file can run code. Files that could (pickles) are refused, nev
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,9 @@ def read(source: str | Path) -> WeightsFile:
         tree, scores = json.loads(metadata["recipe"]), json.loads(metadata["scores"])
         if not (isinstance(tree, dict) and isinstance(scores, dict)):
             raise ValueError("the recipe and the scores should be mappings")
-        vocabulary = TypeAdapter(Vocabulary).validate_json(metadata["vocabulary"], strict=True)
     except (KeyError, ValueError, RecursionError) as error:
-        what = f"faults in the vocabulary: {error.error_count()}" if isinstance(error, ValidationError) else str(error)
-        raise WeightsError(f"{path}: damaged metadata: {what}") from error
+        raise WeightsError(f"{path}: damaged metadata: {error}") from error
+    vocabulary = _vocabulary(path, metadata)
     return WeightsFile(
         path, Recipe(tree, str(path), trusted=False), vocabulary, scores, metadata.get("source", ""), tensors
     )
@@ -221,42 +220,42 @@ def load_part(
     """
     path = locate(source)
     metadata, everything = _open(path)
-    theirs = _vocabulary(path, metadata)
-    own = module.state_dict()
+    theirs = _vocabulary(path, metadata) if metadata.get("format") == FORMAT else None
     start = f"{prefix}." if prefix else ""
     tensors = {name.removeprefix(start): tensor for name, tensor in everything.items() if name.startswith(start)}
-    if not tensors:
-        tensors = everything
-    renamed = theirs is not None and vocabulary is not None and theirs.names != vocabulary.names
-    shared = tuple(name for name in vocabulary.names if name in theirs.names) if theirs and vocabulary else ()
-    rows = dict(_class_rows(module))
-    loaded, resized, reset = [], [], []
+    tensors = tensors or everything
+    # Rows stand for names only where both vocabularies are known; where they are the same, rows are like any tensor.
+    pairs, kept, fresh = None, (), ()
+    if theirs is not None and vocabulary is not None and theirs.names != vocabulary.names:
+        kept = tuple(name for name in vocabulary.names if name in theirs.names)
+        fresh = tuple(name for name in vocabulary.names if name not in theirs.names)
+        pairs = _Pairs(len(vocabulary), len(theirs), [(vocabulary.names.index(n), theirs.names.index(n)) for n in kept])
+    rows = _class_rows(module)
+    fates: dict[str, list[str]] = {"loaded": [], "resized": [], "reset": []}
     carried = False
+    own = module.state_dict()
     for name, goal in own.items():
-        found = tensors.get(name)
-        if found is not None and renamed and name in rows and theirs is not None and vocabulary is not None:
-            if _carry_rows(goal, found, theirs, vocabulary, rows[name]):
-                carried = True
-                loaded.append(name)
-            else:
-                reset.append(name)
-        elif found is None:
-            reset.append(name)
-        elif found.shape == goal.shape:
-            goal.copy_(found)
-            loaded.append(name)
-        elif (fitted := _resized(module, name, found)) is not None:
-            goal.copy_(fitted)
-            resized.append(name)
+        fate, value = "loaded", tensors.get(name)
+        if value is not None and pairs is not None and name in rows:
+            value = pairs.carry(goal, value, rows[name])
+            carried |= value is not None
+        elif value is not None and value.shape != goal.shape:
+            fate, value = "resized", _resized(module, name, value, goal.shape)
+        if value is None:
+            fate = "reset"
         else:
-            reset.append(name)
-    if own and not loaded and not resized:
+            goal.copy_(value)
+        fates[fate].append(name)
+    if own and not fates["loaded"] and not fates["resized"]:
         tops = sorted({name.split(".")[0] for name in everything})
         raise WeightsError(f"{path}: nothing in it fits {prefix or 'this model'}; it holds {_listed(tops)}")
-    fresh = tuple(name for name in vocabulary.names if name not in shared) if carried and vocabulary else ()
-    unused = tuple(name for name in tensors if name not in own)
     return LoadReport(
-        str(source), prefix, tuple(loaded), tuple(resized), tuple(reset), unused, shared if carried else (), fresh
+        str(source),
+        prefix,
+        *(tuple(names) for names in fates.values()),
+        unused=tuple(name for name in tensors if name not in own),
+        kept=kept if carried else (),
+        fresh=fresh if carried else (),
     )
 
 
@@ -300,14 +299,11 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise WeightsError(f"{path}: truncated, or no safetensors file at all: {reason}") from error
 
 
-def _vocabulary(path: Path, metadata: Mapping[str, str]) -> Vocabulary | None:
-    """The vocabulary of weights of ours; other files have none."""
-    if metadata.get("format") != FORMAT:
-        return None
+def _vocabulary(path: Path, metadata: Mapping[str, str]) -> Vocabulary:
     try:
         return TypeAdapter(Vocabulary).validate_json(metadata.get("vocabulary", ""), strict=True)
     except ValidationError as error:
-        raise WeightsError(f"{path}: damaged metadata: {error.error_count()} faults in the vocabulary") from error
+        raise WeightsError(f"{path}: damaged metadata: faults in the vocabulary: {error.error_count()}") from error
 
 
 def _download(source: str) -> Path:
@@ -323,30 +319,37 @@ def _download(source: str) -> Path:
         raise WeightsError(f"{source}: cannot fetch {HUB_FILE}: {reason}") from error
 
 
-def _class_rows(module: nn.Module) -> Iterable[tuple[str, bool]]:
-    for place, part in module.named_modules():
-        if isinstance(part, PerClass):
-            for name, extra in part.class_rows.items():
-                yield f"{place}.{name}" if place else name, extra
+def _class_rows(module: nn.Module) -> dict[str, bool]:
+    """The parameters with one row a class, by name; True where one more row, for no object, follows."""
+    return {
+        f"{place}.{name}" if place else name: extra
+        for place, part in module.named_modules()
+        if isinstance(part, PerClass)
+        for name, extra in part.class_rows.items()
+    }
 
 
-def _carry_rows(goal: Tensor, found: Tensor, theirs: Vocabulary, own: Vocabulary, extra: bool) -> bool:
-    """Copies the rows of the names that both have, and the row for no object if there is an `extra` one."""
-    if found.shape != (len(theirs) + extra, *goal.shape[1:]) or len(goal) != len(own) + extra:
-        return False
-    pairs = [(own.names.index(name), row) for row, name in enumerate(theirs.names) if name in own.names]
-    if extra:
-        pairs.append((len(own), len(theirs)))
-    if not pairs:
-        return False
-    to, come = zip(*pairs, strict=True)
-    goal[list(to)] = found[list(come)].to(goal.dtype)
-    return True
+@dataclass(frozen=True)
+class _Pairs:
+    """The classes that a model of `own` classes shares with a file of `theirs`: the row here and the row there."""
+
+    own: int
+    theirs: int
+    rows: Sequence[tuple[int, int]]
+
+    def carry(self, goal: Tensor, found: Tensor, extra: bool) -> Tensor | None:
+        """`goal` with the rows shared, and the `extra` one for no object; None where nothing can be carried over."""
+        rows = [*self.rows, (self.own, self.theirs)] if extra else self.rows
+        if not rows or len(goal) != self.own + extra or found.shape != (self.theirs + extra, *goal.shape[1:]):
+            return None
+        here, there = (list(places) for places in zip(*rows, strict=True))
+        result = goal.clone()
+        result[here] = found[there].to(goal.dtype)
+        return result
 
 
-def _resized(module: nn.Module, name: str, found: Tensor) -> Tensor | None:
-    """`found` in the shape of parameter `name`, by the innermost module around it that can carry it over."""
-    goal = module.state_dict()[name].shape
+def _resized(module: nn.Module, name: str, found: Tensor, goal: torch.Size) -> Tensor | None:
+    """`found` in the shape `goal` of parameter `name`, by the innermost module around it that can carry it over."""
     around = [(place, part) for place, part in module.named_modules() if name.startswith(f"{place}." if place else "")]
     for place, part in reversed(around):
         if isinstance(part, Resizable):
