@@ -1,4 +1,4 @@
-"""Cost: SegViT's published figures from the operators that run, and training memory as autograd really keeps it."""
+"""Cost: multiply-adds of the operators that run, as the originals were counted, and memory as autograd really keeps it."""
 
 import json
 from typing import Any
@@ -16,15 +16,6 @@ from maskfirst.proposers.atm import ATM, ShrunkATM
 from maskfirst.segmenter import Inference, Segmenter
 from maskfirst.types import Batch, Segments, Vocabulary
 
-PUBLISHED = {
-    "vit-b_ade20k_512": 120.9,
-    "vit-l_ade20k_640": 637.9,
-    "vit-l_cocostuff10k_512": 383.9,
-    "vit-l_pascalcontext59_480": 321.6,
-    "vit-l_shrunk_ade20k_640": 373.5,
-    "vit-l_shrunk_cocostuff10k_512": 224.8,
-    "vit-l_shrunk_pascalcontext60_480": 186.9,
-}
 CLASSES = {"ade20k": 150, "cocostuff10k": 171, "pascalcontext60": 60, "pascalcontext59": 59}
 
 
@@ -57,13 +48,6 @@ def tiny(shrink: int | None = None) -> Segmenter:
     torch.manual_seed(0)
     trunk = {"model": "vit_tiny_patch16_224", "width": 48, "depth": 4, "heads": 4, "drop_path": 0.1}
     return model(64, 7, trunk, (1, 3), 32, shrink)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_multiply_adds(name: str) -> None:
-    size = int(name.rpartition("_")[2])
-    operators, _ = multiply_adds(published(name), (size, size))
-    assert round(operators.total() / 1e9, 1) == PUBLISHED[name]
 
 
 def closed_form(width: int, depth: int, head: int, classes: int, size: int) -> int:

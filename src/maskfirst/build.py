@@ -61,7 +61,7 @@ MENUS: dict[type, dict[str, str]] = {
 
 KEYS = (
     "base", "size", "task", "vocabulary", "proposer", "namer", "criterion", "inference", "data", "augment", "train",
-    "published",
+    "published", "measured",
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
 Split = Literal["train", "val", "test"]

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskfirst import recipe as recipes
+from maskfirst.build import Experiment
 from maskfirst.frames import Frame, Size
 from maskfirst.proposers.atm import ATM, ShrunkATM, SingleATM
 from maskfirst.segmenter import Segmenter
@@ -62,6 +64,68 @@ class Cost:
     by_operator: Mapping[str, int]
     by_module: Mapping[str, int]
     memory: Memory
+
+
+@dataclass(frozen=True)
+class Published:
+    """What others have reported for the model of a recipe: its section `published`.
+
+    `scores` in percent, those with test-time augmentation as `..._tta`. `parameters`: of the original code's model. `gflops`:
+    1e9 multiply-accumulates. `checkpoint`: the file that was released. `source`: where it lies.
+    """
+
+    dataset: str
+    scores: dict[str, float]
+    parameters: int
+    gflops: float
+    checkpoint: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What we have measured with a recipe, and how: its section `measured`. `scores` in percent."""
+
+    dataset: str
+    scores: dict[str, float]
+    hardware: str
+    minutes: float
+    command: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A bundled recipe: the original's figures, and ours. `gflops`: 1e9 multiply-adds of one picture of `size` px."""
+
+    name: str
+    size: Size
+    parameters: int
+    gflops: float
+    published: Published | None
+    measured: Measured | None
+
+
+def recipes_table() -> Iterator[Row]:
+    """The bundled recipes by name, each counted as it is asked for: about a second for the largest."""
+    for name in recipes.names():
+        experiment = Experiment(recipes.load(name))
+        if experiment.size is None:
+            continue
+        segmenter = experiment.segmenter(meta=True)
+        yield Row(
+            name,
+            experiment.size,
+            sum(parameters_by_part(segmenter).values()),
+            multiply_adds(segmenter, experiment.size)[0].total() / 1e9,
+            figures(experiment.recipe, "published", Published),
+            figures(experiment.recipe, "measured", Measured),
+        )
+
+
+def figures(recipe: recipes.Recipe, key: str, kind: type) -> Any:
+    """The section `key` of a recipe as a `kind`, Published or Measured; None where there is none. Raises RecipeError."""
+    node = recipe.tree.get(key)
+    return None if node is None else recipes.construct(node, kind, menus={}, where=key, source=recipe.source)
 
 
 def cost(segmenter: Segmenter, size: Size, present: int = 10) -> Cost:

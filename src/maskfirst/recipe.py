@@ -23,6 +23,8 @@ Finish = Callable[[Any, Mapping[str, Any], str], None]
 """Told a part that has just been built, the reserved keys that its node says, and its place in the recipe."""
 RESERVED: Mapping[str, Any] = {"weights": str, "freeze": bool | list[str]}
 """Keys that any network part may say, with their types; its constructor is not given them."""
+OWN = ("published", "measured")
+"""Sections that are not inherited: the figures of one recipe are not those of another."""
 _BUNDLED = Path(__file__).with_name("recipes")
 _ENDINGS = (".yaml", ".yml")
 
@@ -426,7 +428,8 @@ def _inherited(path: Path, shown: str, heirs: tuple[Path, ...]) -> dict[str, Any
         below, name = _locate(base, path)
     except RecipeError as error:
         raise RecipeError(f"{shown}: base: {error}") from error
-    return _merged(_inherited(below, name, chain), tree)
+    inherited = {key: value for key, value in _inherited(below, name, chain).items() if key not in OWN}
+    return _merged(inherited, tree)
 
 
 def _merged(base: Any, over: Any) -> Any:
