@@ -130,29 +130,27 @@ def rename(tensors: Mapping[str, Tensor], rules: Iterable[Rule], target_shapes: 
 
     `target_shapes`: the shape of each of our keys. Raises RenameError, which lists all that does not fit.
     """
-    compiled = [(re.compile(rule.match), rule) for rule in rules]
+    compiled = _compiled(rules)
     pieces: dict[str, dict[int, Tensor]] = defaultdict(dict)
     parts: dict[str, int] = {}
     homes: dict[str, tuple[str, ...]] = {}
     left: dict[str, str] = {}
     faults = _Faults()
     for key, tensor in tensors.items():
-        fitting = ((rule, match) for regex, rule in compiled if (match := regex.fullmatch(key)))
-        found = next(fitting, None)
-        if found is None:
+        led = _led(key, compiled)
+        if led is None:
             faults.unknown.append(key)
             continue
-        rule, match = found
+        rule, goals = led
         if isinstance(rule, Leave):
             left[key] = rule.reason
             continue
-        templates = rule.to if isinstance(rule, Split) else (rule.to,)
-        homes[key] = tuple(_filled(template, match) for template in templates)
+        homes[key] = goals
         made = _made(rule, tensor)
         if made is None:
             faults.misfits.append(Misfit(key, tuple(tensor.shape), None))
         first, count = (rule.part, rule.parts) if isinstance(rule, Join) else (0, 1)
-        for home, piece in zip(homes[key], made or (tensor,) * len(templates), strict=True):
+        for home, piece in zip(goals, made or (tensor,) * len(goals), strict=True):
             if home not in target_shapes:
                 faults.homeless.append((key, home))
             elif first in pieces[home]:
@@ -172,6 +170,31 @@ def rename(tensors: Mapping[str, Tensor], rules: Iterable[Rule], target_shapes: 
     if faults.unknown or faults.homeless or missing or faults.misfits or faults.twice:
         raise RenameError(faults.unknown, faults.homeless, missing, faults.misfits, faults.twice)
     return Renamed(ours, homes, left)
+
+
+def destinations(keys: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[str, ...]]:
+    """Where the rules lead each key: our keys, none for what is left behind. Raises RenameError for keys without a rule."""
+    compiled = _compiled(rules)
+    led = {key: _led(key, compiled) for key in keys}
+    unknown = [key for key, found in led.items() if found is None]
+    if unknown:
+        raise RenameError(unknown, (), (), (), ())
+    return {key: found[1] for key, found in led.items() if found is not None}
+
+
+def _compiled(rules: Iterable[Rule]) -> list[tuple[re.Pattern[str], Rule]]:
+    return [(re.compile(rule.match), rule) for rule in rules]
+
+
+def _led(key: str, compiled: Sequence[tuple[re.Pattern[str], Rule]]) -> tuple[Rule, tuple[str, ...]] | None:
+    """The first rule that fits a key, and our keys that it leads to."""
+    fitting = ((rule, match) for regex, rule in compiled if (match := regex.fullmatch(key)))
+    found = next(fitting, None)
+    if found is None:
+        return None
+    rule, match = found
+    templates = () if isinstance(rule, Leave) else rule.to if isinstance(rule, Split) else (rule.to,)
+    return rule, tuple(_filled(template, match) for template in templates)
 
 
 def _filled(template: Template, match: re.Match[str]) -> str:

@@ -40,6 +40,8 @@ class Facts:
         return f"a {name} for {self.classes} classes at {self.side} px on a ViT of {self.depth} blocks of {self.width}"
 
 
+_BACKGROUND = ("vocabulary=pascal_context_60", "data.train.classes=60", "data.val.classes=60")
+_NO_BACKGROUND = ("vocabulary=pascal_context_59", "data.train.classes=59", "data.val.classes=59")
 RECIPES: Mapping[tuple[Structure, int, int, int], tuple[str, tuple[str, ...]]] = {
     ("cascade", 768, 150, 512): ("segvit-vit-b-ade20k", ()),
     ("cascade", 1024, 150, 640): ("segvit-vit-l-ade20k", ()),
@@ -47,8 +49,8 @@ RECIPES: Mapping[tuple[Structure, int, int, int], tuple[str, tuple[str, ...]]] =
     ("cascade", 1024, 171, 512): ("segvit-vit-l-coco-stuff-10k", ()),
     ("shrunk", 1024, 171, 512): ("segvit-vit-l-shrunk-coco-stuff-10k", ()),
     ("cascade", 1024, 59, 480): ("segvit-vit-l-pascal-context", ()),
-    ("cascade", 1024, 60, 480): ("segvit-vit-l-pascal-context", ("vocabulary=pascal_context_60",)),
-    ("shrunk", 1024, 59, 480): ("segvit-vit-l-shrunk-pascal-context", ("vocabulary=pascal_context_59",)),
+    ("cascade", 1024, 60, 480): ("segvit-vit-l-pascal-context", _BACKGROUND),
+    ("shrunk", 1024, 59, 480): ("segvit-vit-l-shrunk-pascal-context", _NO_BACKGROUND),
     ("shrunk", 1024, 60, 480): ("segvit-vit-l-shrunk-pascal-context", ()),
 }
 """Structure, width of the ViT, classes and side -> the recipe of a published row, and what must be overridden in it.
