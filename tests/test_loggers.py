@@ -77,7 +77,6 @@ def test_weights_and_biases_goes_on_under_its_id(tmp_path: Path, monkeypatch: py
     vars(service).update(
         init=lambda **options: (asked.append(options), run)[1],
         Image=lambda path: f"image {Path(path).name}",
-        util=SimpleNamespace(generate_id=lambda: f"id{len(asked)}"),
     )
     monkeypatch.setitem(sys.modules, "wandb", service)
     logger = WeightsAndBiases(tmp_path, {"a": 1}, 0)
@@ -85,7 +84,7 @@ def test_weights_and_biases_goes_on_under_its_id(tmp_path: Path, monkeypatch: py
     logger.picture(2, tmp_path / "x.jpg")
     logger.close()
     WeightsAndBiases(tmp_path, {"a": 1}, 2).close()
-    assert [one["id"] for one in asked] == ["id0", "id0"]
+    assert asked[0]["id"] == asked[1]["id"] == (tmp_path / "wandb.id").read_text()
     assert (asked[0]["project"], asked[0]["name"], asked[0]["config"]) == ("maskfirst", tmp_path.name, {"a": 1})
     assert logged[:3] == [(2, {"loss": 0.5}), (2, {"predictions": "image x.jpg"}), "finished"]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -97,7 +98,7 @@ class WeightsAndBiases:
         except ImportError as error:
             raise UserError("wandb is not installed: pip install 'maskfirst[wandb]'") from error
         self.image = wandb.Image
-        identity = _identity(out / "wandb.id", lambda: wandb.util.generate_id())
+        identity = _identity(out / "wandb.id", lambda: secrets.token_hex(4))
         self.run = wandb.init(
             project="maskfirst", name=out.name, id=identity, resume="allow", dir=out, config=dict(recipe)
         )
