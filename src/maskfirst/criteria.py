@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from maskfirst.contracts import Criterion
+from maskfirst.errors import UserError
 from maskfirst.frames import Size, resize
 from maskfirst.types import VOID, Names, Proposals, Segments, Vocabulary
 
@@ -153,8 +154,12 @@ class Fixed(Criterion):
     def forward(self, proposals: Proposals, names: Names, truth: Sequence[Segments]) -> dict[str, Float[Tensor, ""]]:
         classes = len(self.class_weights) - 1
         if names.logits.shape[1] != classes:
-            raise ValueError(
+            raise UserError(
                 f"criterion fixed needs one query a class: {names.logits.shape[1]} queries, {classes} classes"
+            )
+        if proposals.competing:
+            raise UserError(
+                "criterion fixed needs masks that stand alone (proposer atm); use `pixel` for competing ones"
             )
         images = torch.cat([torch.full_like(segments.classes, i) for i, segments in enumerate(truth)])
         present = torch.cat([segments.classes for segments in truth])
@@ -179,7 +184,7 @@ class Pixel(Criterion):
 
     def forward(self, proposals: Proposals, names: Names, truth: Sequence[Segments]) -> dict[str, Float[Tensor, ""]]:
         if not proposals.competing:
-            raise ValueError("criterion pixel needs competing masks (proposer dense); use `fixed` or `set` for others")
+            raise UserError("criterion pixel needs competing masks (proposer dense); use `fixed` or `set` for others")
         labels = torch.stack([segments.label_map() for segments in truth])
         logits = resize(proposals.masks, (labels.shape[-2], labels.shape[-1]))
         known = (labels != VOID).sum().clamp(min=1)

@@ -35,13 +35,13 @@ class OracleNamer(Namer):
             inside = masks > 0
         logits = torch.zeros(*masks.shape[:2], self.classes + 1, device=masks.device)
         for image, segments in enumerate(batch.truth):
-            grid = (masks.shape[-2], masks.shape[-1])
-            truth = resize(segments.masks.float(), grid).flatten(1)
             mine = inside[image].float().flatten(1)
-            shared = mine @ truth.T
-            union = mine.sum(1, keepdim=True) + truth.sum(1)[None] - shared
             best = torch.full((len(mine),), self.classes, device=masks.device)
             if len(segments):
+                grid = (masks.shape[-2], masks.shape[-1])
+                truth = resize(segments.masks.float(), grid).flatten(1)
+                shared = mine @ truth.T
+                union = mine.sum(1, keepdim=True) + truth.sum(1)[None] - shared
                 overlap, index = (shared / union.clamp(min=1e-6)).max(1)
                 best = torch.where(overlap > 0, segments.classes[index], best)
             logits[image, torch.arange(len(mine)), best] = CERTAIN

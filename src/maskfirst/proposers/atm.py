@@ -104,26 +104,26 @@ class Tokens(nn.Module):
         return maps.flatten(2).transpose(1, 2)
 
 
-def _initialise(head: nn.Module) -> None:
+def _initialise(head: nn.Module, spread: float) -> None:
     for module in head.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)
+            nn.init.trunc_normal_(module.weight, std=spread, a=-2.0, b=2.0)
             nn.init.zeros_(module.bias)
 
 
 class Decoder(nn.Module):
     """A stack of decoder layers initialised as SegViT's.
 
-    Linears are truncated normal, std 0.02; the packed input projections of the self-attention are Xavier-uniform and
+    Linears are truncated normal, std `spread` (0.02 there); the packed input projections of the self-attention are Xavier-uniform and
     the same in every layer, since the original's layers start as copies of one.
     """
 
-    def __init__(self, layers: int, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, layers: int, width: int, heads: int, dropout: float, spread: float = 0.02) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers {layers} must be at least 1")
         self.layers = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
-        _initialise(self)
+        _initialise(self, spread)
         packed = nn.init.xavier_uniform_(torch.empty(3 * width, width))
         for layer in self:
             attention = layer.self_attention
@@ -214,7 +214,7 @@ class ATM(Proposer):
 
     `queries` None: query c stands for class c (criterion `fixed`, as published); a number: free queries for criterion
     `set`. `read_out`: masks are enlarged to the recipe's `size` whatever the canvas, as published, or to the canvas.
-    `earlier`: how many of the guesses before the last are trained too, from the first on; None: all.
+    `spread`: std of the head's initial weights; widths far below the published want more. `earlier`: how many of the guesses before the last are trained too, from the first on; None: all.
     """
 
     example: ClassVar[Mapping[str, Any]] = {
@@ -222,7 +222,14 @@ class ATM(Proposer):
         "backbone": {
             "kind": "taps",
             "depths": [0, 1],
-            "trunk": {"kind": "vit", "model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "heads": 2},
+            "trunk": {
+                "kind": "vit",
+                "model": "vit_tiny_patch16_224",
+                "width": 32,
+                "depth": 2,
+                "heads": 2,
+                "final_norm": False,
+            },
         },
         "width": 16,
         "heads": 2,
@@ -239,6 +246,7 @@ class ATM(Proposer):
         layers: int = 3,
         queries: int | None = None,
         dropout: float = 0.1,
+        spread: float = 0.02,
         read_out: ReadOut = "size",
         earlier: int | None = None,
     ) -> None:
@@ -247,8 +255,8 @@ class ATM(Proposer):
         self.queries = _class_tokens(queries, vocabulary, width)
         stages = len(backbone.channels)
         self.entrances = nn.ModuleList(Entrance(channels, width) for channels in reversed(backbone.channels))
-        _initialise(self.entrances)
-        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout) for _ in range(stages))
+        _initialise(self.entrances, spread)
+        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout, spread) for _ in range(stages))
         self.width = width
         self.earlier = earlier
         self.tasks = _tasks(queries)
@@ -290,6 +298,7 @@ class SingleATM(Proposer):
         layers: int = 3,
         queries: int | None = None,
         dropout: float = 0.1,
+        spread: float = 0.02,
         read_out: ReadOut = "size",
         earlier: int | None = None,
         project: bool = True,
@@ -304,8 +313,8 @@ class SingleATM(Proposer):
         self.entrances = nn.ModuleList(
             Entrance(channels, width) if project else Tokens() for channels in reversed(backbone.channels)
         )
-        _initialise(self.entrances)
-        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout) for _ in backbone.channels)
+        _initialise(self.entrances, spread)
+        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout, spread) for _ in backbone.channels)
         self.width = width
         self.earlier = earlier
         self.tasks = _tasks(queries)
@@ -358,10 +367,10 @@ class ShrunkATM(Proposer):
         self.backbone = backbone
         self.grid_queries = GridQueries(size[0] // backbone.multiple, width)
         self.entrances = nn.ModuleList(Entrance(channels, width) for channels in backbone.channels)
-        _initialise(self.entrances)
-        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout) for _ in backbone.channels)
+        _initialise(self.entrances, spread)
+        self.decoders = nn.ModuleList(Decoder(layers, width, heads, dropout, spread) for _ in backbone.channels)
         self.queries = Queries(len(vocabulary), width)
-        self.masks = Decoder(layers, width, heads, dropout)
+        self.masks = Decoder(layers, width, heads, dropout, spread)
         self.width = width
         self.earlier = earlier
         self.tasks = _tasks(None)

@@ -27,7 +27,14 @@ class Dense(Proposer):
         "backbone": {
             "kind": "taps",
             "depths": [1],
-            "trunk": {"kind": "vit", "model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "heads": 2},
+            "trunk": {
+                "kind": "vit",
+                "model": "vit_tiny_patch16_224",
+                "width": 32,
+                "depth": 2,
+                "heads": 2,
+                "final_norm": False,
+            },
         },
     }
 

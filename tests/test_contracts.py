@@ -1,0 +1,185 @@
+"""What every part promises, asked of every kind of every menu and of every combination that makes sense."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from maskfirst.build import MENUS, Experiment
+from maskfirst.contracts import Backbone, Criterion, Namer, Proposer, Trunk
+from maskfirst.errors import UserError
+from maskfirst.recipe import Recipe, construct, import_class
+from maskfirst.segmenter import Segmenter
+from maskfirst.types import TASKS, VOID, Sample, collate
+
+NAMES = ["sky", "road", "car"]
+SIDE = 32
+TRIOS = (
+    ("atm", "class_head", "fixed"),
+    ("atm_single", "class_head", "fixed"),
+    ("atm_shrunk", "class_head", "fixed"),
+    ("dense", "given", "pixel"),
+    ("dense", "oracle", "pixel"),
+    ("oracle", "given", "pixel"),
+)
+"""Proposer, namer, criterion. Every kind of the three menus is in one of them; a new kind needs its line here."""
+LEARNING = [trio for trio in TRIOS if trio[0] != "oracle"]
+TRUNK = {"kind": "vit", "model": "vit_tiny_patch16_224", "width": 32, "depth": 3, "heads": 2}
+BACKBONES: Mapping[str, Mapping[str, Any]] = {
+    "taps": {"trunk": TRUNK, "depths": [0, 2]},
+    "shrunk_taps": {"trunk": TRUNK, "depths": [0, 2], "shrink": 1},
+    "stem_vit": {"channels": [4, 8, 16], "residuals": [1, 1], "width": 16, "depth": 1, "heads": 2, "channels_out": 8},
+}
+SIZES = ((SIDE, SIDE), (45, 70), (33, 16))
+
+
+def segmenter(proposer: str, namer: str, criterion: str, seed: int = 0) -> Segmenter:
+    parts = {Proposer: proposer, Namer: namer, Criterion: criterion}
+    examples = {kind: dict(import_class(MENUS[kind][name]).example) for kind, name in parts.items()}
+    tree = {"size": [SIDE, SIDE], "vocabulary": NAMES}
+    tree |= {"proposer": examples[Proposer], "namer": examples[Namer], "criterion": examples[Criterion]}
+    torch.manual_seed(seed)
+    return Experiment(Recipe(tree, "example.yaml")).segmenter()
+
+
+def sample(size: tuple[int, int], seed: int = 0) -> Sample:
+    """Noise under a label map of two or three classes, a part of it without one."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(1, *size, dtype=torch.int32)
+    ids[:, size[0] // 2 :] = 1
+    ids[:, : size[0] // 4, : size[1] // 3] = VOID
+    image = torch.randint(0, 256, (3, *size), generator=random, dtype=torch.uint8)
+    classes = torch.tensor([seed % 3, (seed + 1) % 3])
+    return Sample(image, ids, classes, torch.zeros(2, dtype=torch.bool), str(seed))
+
+
+@pytest.mark.parametrize("contract", [Proposer, Namer, Criterion])
+def test_every_kind_is_tried(contract: type) -> None:
+    place = (Proposer, Namer, Criterion).index(contract)
+    assert {trio[place] for trio in TRIOS} == set(MENUS[contract])
+
+
+def test_every_backbone_is_tried() -> None:
+    assert set(BACKBONES) == set(MENUS[Backbone])
+
+
+@pytest.mark.parametrize(("contract", "kind"), [(contract, kind) for contract, menu in MENUS.items() for kind in menu])
+def test_menu_entries_keep_their_contract(contract: type, kind: str) -> None:
+    found = import_class(MENUS[contract][kind])
+    assert issubclass(found, contract)
+    assert not getattr(found, "__abstractmethods__", ())
+    if contract in (Proposer, Namer, Criterion):
+        assert found.example["kind"] == kind
+
+
+@pytest.mark.parametrize("trio", LEARNING, ids="-".join)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_losses_are_finite_and_reach_every_parameter(trio: tuple[str, str, str], size: tuple[int, int]) -> None:
+    model = segmenter(*trio).train()
+    losses = model.losses(collate([sample(size, 0), sample(size, 1)], "semantic"))
+    assert losses
+    assert all(value.shape == () and value.isfinite() for value in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not silent
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("trio", LEARNING, ids="-".join)
+def test_truth_without_a_class_has_finite_losses(trio: tuple[str, str, str]) -> None:
+    empty = sample((SIDE, SIDE))
+    void = Sample(empty.image, torch.full_like(empty.ids, VOID), empty.classes[:0], empty.crowd[:0], "void")
+    losses = segmenter(*trio).train().losses(collate([void, void], "semantic"))
+    assert all(value.isfinite() for value in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+
+
+@pytest.mark.parametrize("trio", TRIOS, ids="-".join)
+@pytest.mark.parametrize("size", [*SIZES, (1, 1)], ids=str)
+def test_answers_are_home_sized(trio: tuple[str, str, str], size: tuple[int, int]) -> None:
+    model = segmenter(*trio).eval()
+    seen = sample(size)
+    answer = model.predict(seen.image, truth=seen.truth if model.uses_truth else None)
+    assert answer.masks.shape[-2:] == size
+    assert (answer.masks.sum(0) <= 1).all(), "semantic segments overlap"
+    assert len(set(answer.classes.tolist())) == len(answer)
+    assert set(answer.classes.tolist()) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("trio", LEARNING, ids="-".join)
+def test_a_batch_is_its_pictures_one_by_one(trio: tuple[str, str, str]) -> None:
+    model = segmenter(*trio).eval()
+    samples = [sample((45, 70), seed) for seed in range(3)]
+    with torch.inference_mode():
+        together, names = model(collate(samples, "semantic"))
+        for index, each in enumerate(samples):
+            alone, name = model(collate([each], "semantic"))
+            torch.testing.assert_close(together.masks[index : index + 1], alone.masks, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(names.logits[index : index + 1], name.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trio", TRIOS, ids="-".join)
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_are_done_or_refused_in_a_sentence(trio: tuple[str, str, str], task: str) -> None:
+    model = segmenter(*trio).eval()
+    seen = sample((SIDE, SIDE))
+    truth = seen.truth if model.uses_truth else None
+    if task in model.proposer.tasks:
+        assert model.predict(seen.image, task, truth=truth).masks.shape[-2:] == (SIDE, SIDE)
+    else:
+        with pytest.raises(UserError, match=f"cannot do the {task} task, only: "):
+            model.predict(seen.image, task, truth=truth)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_truth_named_by_the_truth_is_the_truth(size: tuple[int, int]) -> None:
+    model = segmenter("oracle", "oracle", "pixel").eval()
+    seen = sample(size)
+    answer = model.predict(seen.image, truth=seen.truth)
+    known = seen.truth.label_map() != VOID
+    assert torch.equal(answer.label_map()[known], seen.truth.label_map()[known])
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_backbones_give_the_maps_that_they_announce(kind: str, size: tuple[int, int]) -> None:
+    tree = {"kind": kind, **BACKBONES[kind]}
+    given: dict[type, dict[str, Any]] = {object: {"size": (SIDE, SIDE)}}
+    backbone = construct(tree, Backbone, menus=MENUS, given=given, where="backbone", source="example.yaml").eval()
+    with torch.inference_mode():
+        maps = backbone(torch.rand(2, 3, *size) * 255)
+    assert len(maps) == len(backbone.channels) == len(backbone.strides)
+    for found, channels, stride in zip(maps, backbone.channels, backbone.strides, strict=True):
+        padded = [-(-side // backbone.multiple) * backbone.multiple for side in size]
+        assert found.shape == (2, channels, -(-padded[0] // stride), -(-padded[1] // stride))
+
+
+@pytest.mark.parametrize("kind", MENUS[Trunk])
+def test_trunks_run_block_by_block(kind: str) -> None:
+    tree = TRUNK | {"kind": kind}
+    given: dict[type, dict[str, Any]] = {object: {"size": (SIDE, SIDE)}}
+    trunk = construct(tree, Trunk, menus=MENUS, given=given, where="trunk", source="example.yaml").eval()
+    with torch.inference_mode():
+        tokens, grid = trunk.embed(torch.rand(1, 3, 45, 70) * 255)
+        assert grid == (-(-45 // trunk.patch), -(-70 // trunk.patch))
+        assert tokens.shape == (1, grid[0] * grid[1], trunk.width)
+        for index in range(trunk.depth):
+            assert trunk.block(index, tokens, grid).shape == tokens.shape
+        assert trunk.shrink_block(0, tokens[:, :2], tokens).shape == (1, 2, trunk.width)
+        assert trunk.norm(tokens).shape == tokens.shape
+
+
+@pytest.mark.parametrize("proposer", MENUS[Proposer])
+@pytest.mark.parametrize("namer", MENUS[Namer])
+def test_parts_that_do_not_fit_say_so(proposer: str, namer: str) -> None:
+    """Whatever is combined either gives finite losses or is refused in a sentence."""
+    for criterion in MENUS[Criterion]:
+        refusal, losses = "", {}
+        try:
+            losses = segmenter(proposer, namer, criterion).losses(collate([sample((SIDE, SIDE))], "semantic"))
+        except ValueError as error:
+            refusal = str(error)
+        assert losses or len(refusal.split()) > 5
+        assert all(value.isfinite() for value in losses.values()), f"{proposer}, {namer}, {criterion}: {losses}"
