@@ -114,8 +114,8 @@ def _initialise(head: nn.Module, spread: float) -> None:
 class Decoder(nn.Module):
     """A stack of decoder layers initialised as SegViT's.
 
-    Linears are truncated normal, std `spread` (0.02 there); the packed input projections of the self-attention are Xavier-uniform and
-    the same in every layer, since the original's layers start as copies of one.
+    Linears are truncated normal, std `spread` (0.02 there); the packed input projections of the self-attention
+    are Xavier-uniform and the same in every layer, since the original's layers start as copies of one.
     """
 
     def __init__(self, layers: int, width: int, heads: int, dropout: float, spread: float = 0.02) -> None:
@@ -214,7 +214,8 @@ class ATM(Proposer):
 
     `queries` None: query c stands for class c (criterion `fixed`, as published); a number: free queries for criterion
     `set`. `read_out`: masks are enlarged to the recipe's `size` whatever the canvas, as published, or to the canvas.
-    `spread`: std of the head's initial weights; widths far below the published want more. `earlier`: how many of the guesses before the last are trained too, from the first on; None: all.
+    `spread`: std of the head's initial weights; widths far below the published want more. `earlier`: how many of the
+    guesses before the last are trained too, from the first on; None: all.
     """
 
     example: ClassVar[Mapping[str, Any]] = {
