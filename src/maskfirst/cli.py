@@ -585,7 +585,7 @@ def _cost_as_table(found: "Cost") -> "RenderableType":
     return table
 
 
-def _short(count: float, thousand: int = 1000) -> str:
+def _short(count: int | float, thousand: int = 1000) -> str:
     """A count with its unit, such as 120.9 G; with `thousand` 1024, such as 1.5 Gi."""
     units = ("", "k", "M", "G", "T") if thousand == 1000 else ("", "Ki", "Mi", "Gi", "Ti")
     power = 0
