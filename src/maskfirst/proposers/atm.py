@@ -358,6 +358,7 @@ class ShrunkATM(Proposer):
         heads: int = 16,
         layers: int = 3,
         dropout: float = 0.1,
+        spread: float = 0.02,
         earlier: int | None = None,
     ) -> None:
         super().__init__()
