@@ -245,7 +245,7 @@ def test_private_kinds() -> None:
     assert isinstance(make({"kind": f"{__name__}:Plain"}, Eye), Plain)
     assert sentence({"kind": f"{__name__}:Plain"}, Eye, trusted=False) == (
         f"camvid.yaml: proposer: kind '{__name__}:Plain' would run code of its own, "
-        "which a recipe that comes with weights may not."
+        "which weights may only if trusted (--trust)."
     )
     assert sentence({"kind": f"{__name__}:Many"}, Eye) == (
         f"camvid.yaml: proposer: kind '{__name__}:Many' is no Eye; make it a subclass of {__name__}.Eye."
@@ -572,7 +572,7 @@ def test_a_private_part_is_one_class_and_one_line() -> None:
         Experiment(untrusted).segmenter()
     assert str(caught.value) == (
         f"camvid.yaml: namer: kind '{__name__}:Certain' would run code of its own, "
-        "which a recipe that comes with weights may not."
+        "which weights may only if trusted (--trust)."
     )
 
 

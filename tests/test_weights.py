@@ -314,7 +314,7 @@ def test_a_recipe_inside_of_weights_is_not_trusted(saved: Path, tmp_path: Path) 
 
     private = with_tree(TREE | {"namer": {"kind": "os:system"}})
     assert message(build.load, private, kind=RecipeError) == (
-        f"{private}: namer: kind 'os:system' would run code of its own, which a recipe that comes with weights may not."
+        f"{private}: namer: kind 'os:system' would run code of its own, which weights may only if trusted (--trust)."
     )
     trunk = TREE["proposer"]["backbone"]["trunk"] | {"pretrained": True, "weights": "nowhere.safetensors"}
     backbone = TREE["proposer"]["backbone"] | {"trunk": trunk, "freeze": True}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -109,15 +110,17 @@ class Experiment:
         except UserError as error:
             raise self._error(str(error)) from error
 
-    def segmenter(self, meta: bool = False) -> Segmenter:
+    def segmenter(self, meta: bool = False, bare: bool = False) -> Segmenter:
         """A new model, initialised but for what `weights:` and `pretrained:` bring.
 
-        `meta`: on the meta device, without any numbers; costs no memory and downloads nothing.
+        `meta`: on the meta device, without any numbers; costs no memory and downloads nothing. `bare`: whatever `weights`,
+        `freeze` and `pretrained` say, as for one that is about to be filled.
         """
         given = self._given()
         tree, finish = self.recipe.tree, self._finish
-        if meta or not self.recipe.trusted:
-            tree, finish = _without_pretrained(tree), self._freeze if self.recipe.trusted else _leave
+        bare = bare or not self.recipe.trusted
+        if meta or bare:
+            tree, finish = _without_pretrained(tree), _leave if bare else self._freeze
         with torch.device("meta") if meta else nullcontext():
             finishes = {nn.Module: finish}
             self.loaded.clear()
@@ -236,20 +239,21 @@ class Experiment:
         return RecipeError(f"{self.recipe.source}: {message}")
 
 
-def load(source: str | Path, device: torch.device | str = "cpu") -> Segmenter:
+def load(source: str | Path, device: torch.device | str = "cpu", trusted: bool = False) -> Segmenter:
     """The model at `source` (a file, a run folder, `hub:org/name` or a bundled name), ready to predict.
 
-    Runs no foreign code. Raises UserError where it is not there, is damaged or does not fit its own recipe.
+    Runs no foreign code, unless it is `trusted` to name classes of its own, `my_pkg.heads:MyHead`, which are then imported.
+    Raises UserError where it is not there, is damaged or does not fit its own recipe.
     """
     file = weights.read(source)
-    experiment = Experiment(file.recipe, file.vocabulary)
+    experiment = Experiment(replace(file.recipe, trusted=trusted), file.vocabulary)
     try:
-        weights.check_fit(experiment.segmenter(meta=True), file)
+        weights.check_fit(experiment.segmenter(meta=True, bare=True), file)
     except RuntimeError as error:
         # Sizes beyond all tensors, which only a damaged or hostile recipe has.
         raise weights.WeightsError(f"{file.path}: its recipe cannot be built: {error}") from error
     with _parameters_without_memory():
-        segmenter = experiment.segmenter()
+        segmenter = experiment.segmenter(bare=True)
     weights.fill(segmenter, file)
     return segmenter.to(device).eval()
 

@@ -80,6 +80,9 @@ Changes = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GPUs, where there are any.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Import classes of your own that the weights name, package.module:Class.")
+]
 Tta = Annotated[bool, typer.Option("--tta", help="Average over the scales and flips of the recipe's `inference`.")]
 
 
@@ -137,6 +140,7 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="The part of the data.")] = Split.val,
     task: Annotated[Task | None, typer.Option(help="In place of the recipe's.")] = None,
     tta: Tta = False,
+    trust: Trust = False,
     proposer: Annotated[Oracle | None, typer.Option(help="Take the true masks: measures the names alone.")] = None,
     namer: Annotated[Oracle | None, typer.Option(help="Take the true names: measures the masks alone.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.json and pictures of the ten worst.")] = None,
@@ -152,8 +156,8 @@ def evaluate(
     from maskfirst.proposers.oracle import OracleProposer
     from maskfirst.weights import require_same_vocabulary
 
-    segmenter = build.load(weights)
-    experiment = _of_weights(weights, changes) if data is None else _experiment(data, changes)
+    segmenter = build.load(weights, trusted=trust)
+    experiment = _of_weights(weights, changes, trust) if data is None else _experiment(data, changes)
     dataset = experiment.dataset(split.value)
     require_same_vocabulary(segmenter.vocabulary, dataset.vocabulary, f"{experiment.recipe.source}: data.{split}")
     if proposer is not None:
@@ -199,6 +203,7 @@ def predict(
     weights: Annotated[str | None, typer.Option(help="The weights, if not the first argument.")] = None,
     task: Annotated[Task, typer.Option(help="What to make of the pictures.")] = Task.semantic,
     tta: Tta = False,
+    trust: Trust = False,
     overlays: Annotated[bool, typer.Option(help="Paint the classes over the pictures, too.")] = True,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the paint.")] = 0.5,
     colors: Annotated[
@@ -217,7 +222,7 @@ def predict(
     chosen, paths = _weights_and_paths(arguments, weights)
     # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    segmenter = build.load(chosen, device)
+    segmenter = build.load(chosen, device, trust)
     painted = None if colors is None else _colors(segmenter.vocabulary, colors)
     low = torch.autocast(device, torch.bfloat16, enabled=precision is Precision.bf16)
     with _bar("predicting", True) as advance, low:
@@ -247,6 +252,7 @@ def show(
     size: Annotated[
         str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Of the picture, px; the recipe's size by default.")
     ] = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Print a recipe as it is resolved, and what its model costs: parameters, multiply-adds, memory to train."""
@@ -254,7 +260,7 @@ def show(
 
     from maskfirst.cost import cost
 
-    experiment = _experiment(what, changes) if not _names_weights(what) else _of_weights(what, changes)
+    experiment = _of_weights(what, changes, trust) if _names_weights(what) else _experiment(what, changes)
     segmenter = experiment.segmenter(meta=True)
     seen = experiment.size if size is None else _size(size)
     if seen is None:
@@ -315,43 +321,40 @@ def convert(
 
 @app.command()
 def recipes(as_json: Json = False) -> None:
-    """List the bundled recipes: what was published, and beside it what our own models count."""
+    """List the bundled recipes: what the originals have published, and ours beside."""
+    from dataclasses import asdict
+
     from rich.table import Table
 
     from maskfirst import recipe
-    from maskfirst.cost import multiply_adds
+    from maskfirst.cost import recipes_table
 
-    names = recipe.names()
     rows = []
     with _bar("counting", True) as advance:
-        for done, name in enumerate(names, 1):
-            experiment = _experiment(name, None)
-            segmenter = experiment.segmenter(meta=True)
-            counted = None if experiment.size is None else multiply_adds(segmenter, experiment.size)[0].total()
-            own = {"parameters": sum(each.numel() for each in segmenter.parameters()), "multiply_adds": counted}
-            rows.append({"recipe": name, "published": experiment.recipe.tree.get("published"), "ours": own})
-            advance(done, len(names))
+        for row in recipes_table():
+            rows.append(row)
+            advance(len(rows), len(recipe.names()))
     if as_json:
-        _print_json(rows)
+        _print_json([asdict(row) for row in rows])
         return
     table = Table(
-        "recipe", "data", caption="mIoU: one scale / multi-scale and flip, as published; parameters and GFLOPs"
+        "recipe", "data", caption="mIoU, with test-time augmentation after the slash; parameters; multiply-adds"
     )
-    for column in ("mIoU", "M", "ours", "G", "ours"):
+    for column in ("mIoU", "ours", "M", "ours", "G", "ours"):
         table.add_column(column, justify="right")
     table.add_column("checkpoint")
     for row in rows:
-        told, own = row["published"] or {}, row["ours"]
-        scores = " / ".join(f"{score:.1f}" for score in told.get("scores", {}).values())
+        told, own = row.published, row.measured
         table.add_row(
-            row["recipe"],
-            told.get("dataset", ""),
-            scores,
-            f"{told['parameters'] / 1e6:.1f}" if "parameters" in told else "",
-            f"{own['parameters'] / 1e6:.1f}",
-            f"{told['gflops']:.1f}" if "gflops" in told else "",
-            "" if own["multiply_adds"] is None else f"{own['multiply_adds'] / 1e9:.1f}",
-            told.get("checkpoint", ""),
+            row.name,
+            next((figures.dataset for figures in (told, own) if figures), ""),
+            " / ".join(f"{score:.1f}" for score in told.scores.values()) if told else "",
+            " / ".join(f"{score:.1f}" for score in own.scores.values()) if own else "",
+            f"{told.parameters / 1e6:.1f}" if told else "",
+            f"{row.parameters / 1e6:.1f}",
+            f"{told.gflops:.1f}" if told else "",
+            f"{row.gflops:.1f}",
+            told.checkpoint if told else "",
         )
     _print(table)
 
@@ -400,13 +403,16 @@ def _chief() -> bool:
     return not any(int(os.environ.get(rank, 0)) for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def _of_weights(name: str, changes: list[str] | None) -> "Experiment":
+def _of_weights(name: str, changes: list[str] | None, trusted: bool) -> "Experiment":
     """The experiment of the recipe in weights."""
+    from dataclasses import replace
+
     from maskfirst import recipe, weights
     from maskfirst.build import Experiment
 
     file = weights.read(name)
-    return Experiment(recipe.override(file.recipe, changes or []), file.vocabulary)
+    changed = recipe.override(file.recipe, changes or [])
+    return Experiment(replace(changed, trusted=trusted), file.vocabulary)
 
 
 def _names_weights(text: str) -> bool:

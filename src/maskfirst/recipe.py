@@ -218,9 +218,7 @@ class _Builder:
     def _private(self, kind: str, wanted: type, where: str) -> type:
         start = f"kind '{kind}'"
         if not self.trusted:
-            raise self._error(
-                where, f"{start} would run code of its own, which a recipe that comes with weights may not."
-            )
+            raise self._error(where, f"{start} would run code of its own, which weights may only if trusted (--trust).")
         try:
             found = import_class(kind)
         except ModuleNotFoundError as error:
