@@ -83,8 +83,8 @@ class _MaskLosses(torch.autograd.Function):
 
 TINY = 1e-38
 """Keeps the logarithm of a probability that underflowed at 87, float32's largest."""
-_CHUNK = {"cpu": 2**17, "cuda": 2**26}
-"""Pixels of masks worked on at a time: what stays in a core's cache, or fills a GPU."""
+_CHUNK = {"cpu": 2**19, "cuda": 2**26}
+"""Pixels of masks worked on at a time: what stays in the caches, or fills a GPU."""
 
 
 def _chunks(truth: Tensor) -> Iterator[slice]:
