@@ -343,6 +343,29 @@ def test_micro_auto_fits_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         micro()
 
 
+def test_micro_auto_falls_back_where_the_measurement_was_too_hopeful() -> None:
+    tried: list[int] = []
+
+    def run(pictures: int) -> None:
+        tried.append(pictures)
+        if pictures > 3:
+            raise torch.OutOfMemoryError("full")
+
+    assert memory.largest_micro(run, 8, 0, torch.device("cpu"), 1) == 3
+    assert tried == [1, 2, 8, 4, 3]
+
+
+def test_out_of_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: tiny_parts.TinyProposer, batch: Batch) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny_parts.TinyProposer, "forward", full)
+    with pytest.raises(
+        UserError, match=r"train.micro: out of memory with 4 pictures at once; set it lower, or to auto"
+    ):
+        run(tiny_parts.recipe(), tmp_path)
+
+
 def _metadata(path: Path) -> str:
     from safetensors import safe_open
 

@@ -1,11 +1,12 @@
 """How many pictures fit into memory at once: measured with one and two, and extrapolated."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from maskfirst.errors import UserError
 from maskfirst.training import Training
@@ -18,6 +19,18 @@ OVERHEAD = 1.5
 
 
 REMEDY = "take a smaller crop, a smaller model, or precision bf16"
+
+
+@contextlib.contextmanager
+def explained(pictures: int) -> Iterator[None]:
+    """Where a GPU's memory runs out inside the block, says so in a sentence. `pictures` are taken at once."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"train.micro: out of memory with {pictures} pictures at once; set it lower, or to auto (--batch auto), or "
+            f"{REMEDY}; a run that was saved goes on with --resume"
+        ) from error
 
 
 def settle_micro(
@@ -39,11 +52,8 @@ def largest_micro(run: Callable[[int], object], share: int, reserve: int, device
     `run(n)` does forward and backward for n pictures. `reserve`: bytes that will be needed besides (the optimizer's state).
     `processes`: how many share the machine's memory; a GPU is not shared. Raises UserError where not even one picture fits.
     """
-    try:
-        single = _peak(run, 1, device)
-        each = max(_peak(run, 2, device) - single, 1) if share > 1 else single
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"train.micro: not even two pictures fit into the memory of {device}; {REMEDY}") from error
+    single = _peak(run, 1, device)
+    each = max(_peak(run, 2, device) - single, 1) if share > 1 else single
     free = _free(device) // (1 if device.type == "cuda" else processes)
     most = int((free * USABLE - reserve - (single - each)) / each)
     if most < 1:
@@ -52,6 +62,13 @@ def largest_micro(run: Callable[[int], object], share: int, reserve: int, device
             f"of {free / GIB:.2g} GiB free; {REMEDY}"
         )
     passes = -(-share // most)
+    # Of several processes one alone may run out, and would leave the others waiting: they rely on the measurement.
+    while not distributed.is_initialized() and passes < share:
+        try:
+            run(-(-share // passes))
+            break
+        except torch.OutOfMemoryError:
+            passes += 1
     return -(-share // passes)
 
 

@@ -74,14 +74,15 @@ def rehearse(phase: Phase, segmenter: Segmenter, batch: Batch) -> list[str]:
     The segmenter is as before afterwards: no gradients, the same buffers.
     """
     buffers = [(buffer, buffer.clone()) for buffer in segmenter.buffers()]
-    for losses in phase.turns(batch):
-        reduce(torch.add, losses.values()).backward()
-    silent = [name for name, value in segmenter.named_parameters() if value.requires_grad and value.grad is None]
-    segmenter.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    return silent
+    try:
+        for losses in phase.turns(batch):
+            reduce(torch.add, losses.values()).backward()
+        return [name for name, value in segmenter.named_parameters() if value.requires_grad and value.grad is None]
+    finally:
+        segmenter.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 class NonFiniteError(UserError):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed
 
 from maskfirst.errors import UserError
@@ -41,7 +42,7 @@ def processes(devices: int, nodes: int, precision: Literal["fp32", "bf16"]) -> I
                 precision="bf16-mixed" if precision == "bf16" else "32-true",
             )
             fabric.launch()
-        except (RuntimeError, ValueError) as error:
+        except (MisconfigurationException, RuntimeError, ValueError) as error:
             raise UserError(f"--devices {devices} --nodes {nodes}: {error}") from error
     try:
         yield fabric

@@ -15,7 +15,7 @@ from maskfirst.callback import Callback
 from maskfirst.checkpoint import HEADLINE, RunFolder, State, collect, restore, trend
 from maskfirst.evaluate import evaluate
 from maskfirst.loggers import Factory, Journal, JsonLines, TensorBoard
-from maskfirst.memory import settle_micro
+from maskfirst.memory import explained, settle_micro
 from maskfirst.optim import Average
 from maskfirst.phase import NonFiniteError, Ordinary, Phase, rehearse, take_turns
 from maskfirst.segmenter import Segmenter
@@ -89,16 +89,17 @@ def train(
             with fabric.autocast():
                 return rehearse(phase, segmenter, collate(stream.first(pictures).unpack(fabric.device), task))
 
-        fitting = settle_micro(settings, state.micro, share, try_out, segmenter, world // nodes)
+        with explained(1):
+            fitting = settle_micro(settings, state.micro, share, try_out, segmenter, world // nodes)
         state.micro = micro = min(ranks.gather(fitting))
-        silent = try_out(micro)
+        with explained(micro):
+            silent = try_out(micro)
         if silent:
             journal.say(f"{len(silent)} parameters get no gradient and stay as they are: {', '.join(silent)}")
         for name in silent if world > 1 else ():  # processes would wait for their gradients
             segmenter.get_parameter(name).requires_grad_(False)
         if settings.compile:
             segmenter.proposer.compile()
-            segmenter.namer.compile()
         phase.modules = {name: fabric.setup_module(module) for name, module in phase.modules.items()}
         if state.step:
             restore(folder.tensors(), segmenter, phase.optimizers, average)
@@ -159,7 +160,8 @@ def train(
                 state.unreadable.append(sentence)
                 journal.say(f"passed over: {sentence}")
             try:
-                losses = take_turns(fabric, phase, loaded, task, settings.clip)
+                with explained(micro):
+                    losses = take_turns(fabric, phase, loaded, task, settings.clip)
             except NonFiniteError as error:
                 path = folder.save_batch(loaded, state.step, rank)
                 keys = [key for every in ranks.gather([key for one in loaded for key in one.keys]) for key in every]

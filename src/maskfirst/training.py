@@ -18,7 +18,7 @@ class Training:
     all gradients. `average`: decay of the running average of the weights, which is then what is evaluated and saved.
     `evaluate_every`: fraction of the training. `save_steps`, `save_seconds`: whichever comes first. `log_steps`: steps
     between lines of the log. `workers`: processes that load data; they change nothing in the result. `pictures`: predictions
-    drawn at each evaluation.
+    drawn at each evaluation. `compile`: the proposer, by torch.compile.
     """
 
     steps: int
