@@ -187,5 +187,5 @@ class Pixel(Criterion):
             raise UserError("criterion pixel needs competing masks (proposer dense); use `fixed` or `set` for others")
         labels = torch.stack([segments.label_map() for segments in truth])
         logits = resize(proposals.masks, (labels.shape[-2], labels.shape[-1]))
-        known = (labels != VOID).sum().clamp(min=1)
+        known = mean_count(int((labels != VOID).sum()), labels.device)
         return {"ce": proposals.weight * F.cross_entropy(logits, labels, ignore_index=VOID, reduction="sum") / known}
