@@ -1,6 +1,7 @@
 """Converting: renaming speaks for every key, and foreign files are opened as data alone."""
 
 import collections
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -10,11 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+import yaml
+from safetensors.torch import load_file, save_file
 
-from maskfirst.convert import pickles
+from maskfirst import build, weights
+from maskfirst import recipe as recipes
+from maskfirst.backbones.vit import TimmViT
+from maskfirst.convert import pickles, segvit
+from maskfirst.convert.catalogue import ConvertError, convert, released
 from maskfirst.convert.pickles import CheckpointError, open_checkpoint
 from maskfirst.convert.rename import Join, Leave, Move, RenameError, Split, rename
+from maskfirst.frames import Frame
+from maskfirst.recipe import Recipe
+from parity.foreign import recipe_tree
+from parity.second import Shape, make
 
 # ---- rename
 
@@ -295,3 +305,291 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
     save_pickle(tmp_path / "x.pkl", {"a": np.array(["text"])})
     with pytest.raises(CheckpointError, match="no tensor"):
         open_checkpoint(tmp_path / "x.pkl")
+
+
+# ---- origins
+
+TINY = {
+    "tiny": Shape("ATMHead"),
+    "tiny-shrunk": Shape("TPNATMHead", shrink=1),
+    "tiny-four": Shape("ATMHead", classes=4),
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of small SegViTs in the original's keys, as mmcv writes them, with what they make of a picture."""
+    folder = tmp_path_factory.mktemp("originals")
+    for seed, (name, shape) in enumerate(TINY.items()):
+        make(folder, name, shape, seed)
+        meta = {"CLASSES": tuple(f"class {index}" for index in range(shape.classes)), "PALETTE": [[1, 2, 3]]}
+        save_torch(folder / f"{name}.pth", {"meta": meta, "state_dict": load_file(folder / f"{name}.safetensors")})
+    return folder
+
+
+def own_recipe(name: str) -> Recipe:
+    return Recipe(recipe_tree(TINY[name].config), f"{name}.yaml")
+
+
+@pytest.fixture
+def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package has recipes of the small models alone, and knows their shapes."""
+    for name in ("tiny", "tiny-shrunk"):
+        tree = own_recipe(name).tree | {"published": {"checkpoint": f"{name}_99.9.pth"}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(recipes, "_BUNDLED", tmp_path)
+    four = ("vocabulary=[a, b, c, d]",)
+    shapes = {("cascade", 24, 5, 64): ("tiny", ()), ("cascade", 24, 4, 64): ("tiny", four)}
+    monkeypatch.setattr(segvit, "RECIPES", shapes | {("shrunk", 24, 5, 64): ("tiny-shrunk", ())})
+
+
+def changed(
+    originals: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], name: str = "tiny"
+) -> Path:
+    tensors = load_file(originals / f"{name}.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "changed.safetensors")
+    return folder / "changed.safetensors"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-shrunk"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_checkpoint_becomes_a_model_that_gives_the_originals_numbers(
+    originals: Path, tmp_path: Path, name: str, suffix: str
+) -> None:
+    report = convert(originals / f"{name}.{suffix}", own_recipe(name), tmp_path / "out.safetensors")
+    model = build.load(str(tmp_path / "out.safetensors"))
+    with np.load(originals / f"{name}.npz") as arrays:
+        image, expected = (torch.from_numpy(arrays[key]) for key in ("img64", "pred"))
+    rows = model.view_scores(image[1], Frame((64, 64), (64, 64), (64, 64)))
+    torch.testing.assert_close(rows.fetch(0, 64), expected[1], atol=5e-5, rtol=1e-4)
+    assert report.tensors + len(report.left) == len(load_file(originals / f"{name}.safetensors"))
+    assert not report.notes
+    assert len(report.left) == (name == "tiny-shrunk")
+    assert all(reason for reason in report.left.values())
+    assert json.loads(json.dumps(report.as_json()))["recipe"] == name
+    assert "resized: none" in str(report)
+
+
+def test_the_shapes_choose_the_recipe(originals: Path, tmp_path: Path, bundled: None) -> None:
+    out = tmp_path / "out.safetensors"
+    assert convert(originals / "tiny.pth", None, out).recipe == "tiny"
+    assert convert(originals / "tiny-shrunk.pth", None, out).recipe == "tiny-shrunk"
+    assert weights.read(out).recipe.tree["proposer"]["kind"] == "atm_shrunk"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_number_of_classes_chooses_the_vocabulary(
+    originals: Path, tmp_path: Path, bundled: None, given: bool
+) -> None:
+    out = tmp_path / "out.safetensors"
+    report = convert(originals / "tiny-four.pth", recipes.load("tiny") if given else None, out)
+    assert report.overrides == ("vocabulary=[a, b, c, d]",)
+    assert weights.read(out).vocabulary.names == ("a", "b", "c", "d")
+    assert report.notes == (
+        "note: 4 classes have other names: 'class 0' here 'a', 'class 1' here 'b', 'class 2' here 'c', 'class 3' here 'd'",
+    )
+
+
+def test_another_recipe_is_refused_with_the_right_one(originals: Path, tmp_path: Path, bundled: None) -> None:
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(ConvertError, match=r"a SegViT for 5 classes .* which tiny-shrunk is not; take --recipe tiny$"):
+        convert(originals / "tiny.pth", recipes.load("tiny-shrunk"), out)
+    with pytest.raises(ConvertError, match=r"take --recipe tiny -s vocabulary=\[a, b, c, d\]$"):
+        convert(originals / "tiny-four.pth", recipes.load("tiny-shrunk"), out)
+    assert not out.exists()
+
+
+def test_a_model_of_no_published_row_needs_its_own_recipe(
+    originals: Path, tmp_path: Path, bundled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segvit, "RECIPES", {})
+    with pytest.raises(ConvertError, match=r"no bundled recipe is; .* tiny_99\.9\.pth \(tiny\)"):
+        convert(originals / "tiny.pth", None, tmp_path / "out.safetensors")
+
+
+def test_everything_that_does_not_fit_is_listed(originals: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["decode_head.surplus"] = torch.zeros(1)
+        tensors["backbone.layers.9.ln1.weight"] = torch.zeros(24)
+        del tensors["decode_head.class_embed.bias"], tensors["backbone.pos_embed"]
+        tensors["decode_head.q.weight"] = torch.zeros(5, 17)
+
+    out = tmp_path / "out.safetensors"
+    path = changed(originals, tmp_path, spoil)
+    with pytest.raises(ConvertError) as caught:
+        convert(path, own_recipe("tiny"), out)
+    line = str(caught.value)
+    for told in (
+        "without a rule (1): decode_head.surplus;",
+        "without a place in the model (1): backbone.layers.9.ln1.weight (as proposer.backbone.trunk.vit.blocks.9.norm1.weight)",
+        "without a source (2): proposer.backbone.trunk.vit.pos_embed, namer.linear.bias",
+        "proposer.queries.weight [5, 17] must be [5, 16]",
+    ):
+        assert told in line
+    assert "\n" not in line
+    assert not out.exists()
+    with pytest.raises(ConvertError, match=r"looks like SegViT, but has no 'backbone\.pos_embed'|has no 'decode_head"):
+        convert(path, None, out)
+
+
+def test_the_branch_of_an_older_revision_is_left_behind(originals: Path, tmp_path: Path) -> None:
+    keys = ("conv_0.weight", "conv_1.weight", "syncbn_fc_0.running_mean")
+    path = changed(
+        originals, tmp_path, lambda tensors: tensors.update({f"decode_head.{key}": torch.zeros(1) for key in keys})
+    )
+    report = convert(path, own_recipe("tiny"), tmp_path / "out.safetensors")
+    assert set(report.left) == {f"decode_head.{key}" for key in keys}
+
+
+def test_another_number_of_class_names_is_noted(originals: Path, tmp_path: Path) -> None:
+    content = {"meta": {"CLASSES": ("wall",)}, "state_dict": load_file(originals / "tiny.safetensors")}
+    save_torch(tmp_path / "x.pth", content)
+    (note,) = convert(tmp_path / "x.pth", own_recipe("tiny"), tmp_path / "out.safetensors").notes
+    assert "it names 1 classes, and the recipe 5" in note
+
+
+def test_half_precision_becomes_the_models_own(originals: Path, tmp_path: Path) -> None:
+    path = changed(originals, tmp_path, lambda t: t.update({key: tensor.half() for key, tensor in t.items()}))
+    convert(path, own_recipe("tiny"), tmp_path / "out.safetensors")
+    assert {t.dtype for t in weights.read(tmp_path / "out.safetensors").tensors.values()} == {torch.float32}
+
+
+def test_files_of_no_known_origin_are_told_apart(tmp_path: Path) -> None:
+    save_file({"foo.weight": torch.zeros(1), "bar.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ConvertError, match=r"of no known origin; it holds bar, foo\. Known: SegViT, "):
+        convert(tmp_path / "x.safetensors", None, tmp_path / "out.safetensors")
+    with pytest.raises(ConvertError, match=r"written as \.safetensors"):
+        convert(tmp_path / "x.safetensors", None, tmp_path / "out.pth")
+
+
+def test_the_released_checkpoints_have_their_recipes() -> None:
+    assert released() == {
+        "ade_51.3.pth": "segvit-vit-b-ade20k",
+        "ade_54.6.pth": "segvit-vit-l-ade20k",
+        "ade_shrunk_53.9.pth": "segvit-vit-l-shrunk-ade20k",
+        "COCOstuff_49.9.pth": "segvit-vit-l-coco-stuff-10k",
+        "COCOstuff10k_shrunk_49.1.pth": "segvit-vit-l-shrunk-coco-stuff-10k",
+        "PC59cls_64.1.pth": "segvit-vit-l-pascal-context",
+        "PC59cls_62.3.pth": "segvit-vit-l-shrunk-pascal-context",
+    }
+    assert {name for name, _ in segvit.RECIPES.values()} == set(released().values())
+
+
+# ---- pretrained ViTs
+
+
+def small_vit(side: int = 48, final_norm: bool = True) -> TimmViT:
+    torch.manual_seed(0)
+    return TimmViT((side, side), width=24, depth=2, heads=3, patch=16, final_norm=final_norm)
+
+
+def in_mmseg(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renames = (
+        ("vit.blocks.", "layers."),
+        (".attn.qkv.", ".attn.attn.in_proj_"),
+        (".attn.proj.", ".attn.attn.out_proj."),
+        (".mlp.fc1.", ".ffn.layers.0.0."),
+        (".mlp.fc2.", ".ffn.layers.1."),
+        (".norm", ".ln"),
+        ("vit.ln", "ln1"),
+        ("patch_embed.proj.", "patch_embed.projection."),
+        ("vit.", ""),
+    )
+    found = {}
+    for key, tensor in ours.items():
+        for own, foreign in renames:
+            key = key.replace(own, foreign)
+        found[key] = tensor
+    return found
+
+
+def in_timm(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("vit."): tensor for key, tensor in ours.items()} | {"head.weight": torch.zeros(10, 24)}
+
+
+def in_jax(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {
+        "cls": ours["vit.cls_token"],
+        "embedding/kernel": ours["vit.patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": ours["vit.patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": ours["vit.pos_embed"],
+        "Transformer/encoder_norm/scale": ours["vit.norm.weight"],
+        "Transformer/encoder_norm/bias": ours["vit.norm.bias"],
+        "head/kernel": torch.zeros(24, 10),
+    }
+    for index in range(2):
+        own, block = f"vit.blocks.{index}", f"Transformer/encoderblock_{index}"
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        weights_, biases = ours[f"{own}.attn.qkv.weight"].chunk(3), ours[f"{own}.attn.qkv.bias"].chunk(3)
+        for name, weight, bias in zip(("query", "key", "value"), weights_, biases, strict=True):
+            found[f"{attention}/{name}/kernel"] = weight.T.reshape(24, 3, 8)
+            found[f"{attention}/{name}/bias"] = bias.reshape(3, 8)
+        found[f"{attention}/out/kernel"] = ours[f"{own}.attn.proj.weight"].T.reshape(3, 8, 24)
+        found[f"{attention}/out/bias"] = ours[f"{own}.attn.proj.bias"]
+        for theirs, ours_ in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+            found[f"{block}/{theirs}/scale"] = ours[f"{own}.{ours_}.weight"]
+            found[f"{block}/{theirs}/bias"] = ours[f"{own}.{ours_}.bias"]
+        for dense in (0, 1):
+            found[f"{block}/MlpBlock_3/Dense_{dense}/kernel"] = ours[f"{own}.mlp.fc{dense + 1}.weight"].T
+            found[f"{block}/MlpBlock_3/Dense_{dense}/bias"] = ours[f"{own}.mlp.fc{dense + 1}.bias"]
+    return found
+
+
+FORMATS = {"mmseg.pth": in_mmseg, "timm.pth": in_timm, "jax.npz": in_jax}
+
+
+def write_vit(folder: Path, file: str, ours: dict[str, torch.Tensor]) -> Path:
+    tensors = FORMATS[file](ours)
+    if file.endswith(".npz"):
+        np.savez(folder / file, **{key: tensor.numpy() for key, tensor in tensors.items()})
+    else:
+        save_torch(folder / file, tensors)
+    return folder / file
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_pretrained_vits_become_weights_for_a_trunk(tmp_path: Path, file: str) -> None:
+    vit = small_vit()
+    report = convert(write_vit(tmp_path, file, vit.state_dict()), None, tmp_path / "out.safetensors")
+    assert report.recipe is None
+    assert "proposer.backbone.trunk.weights=" in report.notes[0]
+    assert all("classification" in reason for reason in report.left.values())
+    fresh = TimmViT((48, 48), width=24, depth=2, heads=3, patch=16)
+    loaded = weights.load_part(fresh, tmp_path / "out.safetensors", "proposer.backbone.trunk")
+    assert (loaded.resized, loaded.reset, loaded.unused) == ((), (), ())
+    assert all(torch.equal(tensor, vit.state_dict()[key]) for key, tensor in fresh.state_dict().items())
+
+
+def test_a_trunk_of_another_size_resizes_the_positions_and_says_so(tmp_path: Path) -> None:
+    convert(write_vit(tmp_path, "mmseg.pth", small_vit().state_dict()), None, tmp_path / "out.safetensors")
+    larger = small_vit(side=64, final_norm=False)
+    loaded = weights.load_part(larger, tmp_path / "out.safetensors", "proposer.backbone.trunk")
+    assert loaded.resized == ("vit.pos_embed",)
+    assert set(loaded.unused) == {"vit.norm.weight", "vit.norm.bias"}
+
+
+def test_a_pretrained_vit_is_checked_against_a_recipe(originals: Path, tmp_path: Path) -> None:
+    """Positions are resized where they are loaded; other widths, and recipes without a ViT, are refused."""
+    out = tmp_path / "out.safetensors"
+    deep = TimmViT((48, 48), width=24, depth=3, heads=3, patch=16)
+    convert(write_vit(tmp_path, "timm.pth", deep.state_dict()), own_recipe("tiny"), out)
+    out.unlink()
+    path = write_vit(tmp_path, "timm.pth", small_vit().state_dict())
+    with pytest.raises(
+        ConvertError, match=r"does not fit proposer\.backbone\.trunk of tiny: vit\.blocks\.2\.norm1\.weight missing"
+    ):
+        convert(path, own_recipe("tiny"), out)
+    with pytest.raises(ConvertError, match=r"shapes has no proposer\.backbone\.trunk"):
+        convert(path, recipes.load("shapes"), out)
+    assert not out.exists()
+
+
+def test_a_vit_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    tensors = in_timm(small_vit().state_dict())
+    save_torch(tmp_path / "x.pth", {key: tensor for key, tensor in tensors.items() if key != "pos_embed"})
+    with pytest.raises(ConvertError, match=r"looks like a ViT of timm's, but has no 'pos_embed'"):
+        convert(tmp_path / "x.pth", None, tmp_path / "out.safetensors")
+    save_torch(tmp_path / "x.pth", {key: tensor for key, tensor in tensors.items() if key != "blocks.1.norm2.bias"})
+    with pytest.raises(ConvertError, match=r"without a source \(1\): vit\.blocks\.1\.norm2\.bias"):
+        convert(tmp_path / "x.pth", None, tmp_path / "out.safetensors")

@@ -34,7 +34,7 @@ class Whole:
     """An origin of whole models. Its functions are given the foreign keys, or the tensors by them.
 
     `describe`: what the tensors are, in words. `plan`: the bundled recipe of the very same model, with overrides, or None;
-    both may raise KeyError where a key is missing.
+    both may raise LookupError where a key or an axis is missing.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Whole:
 class Part:
     """An origin of pretrained parts. `place`: where in a recipe such a part stands.
 
-    `build`: an equal part of ours, without memory; may raise KeyError. `rules` is told whether that part has a final norm.
+    `build`: an equal part of ours, without memory; may raise LookupError. `rules` is told whether that part has a final norm.
     """
 
     name: str
@@ -134,14 +134,18 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
     tensors = opened.tensors
     try:
         holds, plan = origin.describe(tensors), origin.plan(tensors)
-    except KeyError as error:
+    except LookupError as error:
         if recipe is None:
             raise _lacking(checkpoint, origin.name, error) from error
-        holds, plan = f"a {origin.name} without {error}", None
+        # The recipe tells all that is wrong.
+        holds, plan = origin.name, None
     overrides: tuple[str, ...] = ()
     if recipe is None:
         if plan is None:
-            raise ConvertError(f"{checkpoint}: {holds}, which no bundled recipe is; give the recipe of its model")
+            known = ", ".join(f"{file} ({name})" for file, name in released().items())
+            raise ConvertError(
+                f"{checkpoint}: {holds}, which no bundled recipe is; give its own with --recipe. Released are: {known}."
+            )
         recipe, overrides = recipes.load(*plan), plan[1]
     try:
         experiment, segmenter, renamed = _fitted(tensors, origin, recipe)
@@ -171,7 +175,7 @@ def _fitted(tensors: Tensors, origin: Whole, recipe: Recipe) -> tuple[Experiment
 def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | None, out: Path) -> Report:
     try:
         module = origin.build(tensors)
-    except KeyError as error:
+    except LookupError as error:
         raise _lacking(checkpoint, origin.name, error) from error
     shapes = _shapes(module)
     try:
@@ -206,8 +210,9 @@ def _check_place(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) 
         raise ConvertError(f"{checkpoint}: does not fit {origin.place} of {recipe.name}: {_some(wrong)}")
 
 
-def _lacking(checkpoint: Path, origin: str, error: KeyError) -> ConvertError:
-    return ConvertError(f"{checkpoint}: looks like {origin}, but has no {error}; is it whole?")
+def _lacking(checkpoint: Path, origin: str, error: LookupError) -> ConvertError:
+    what = f"has no {error}" if isinstance(error, KeyError) else "its tensors have other axes"
+    return ConvertError(f"{checkpoint}: looks like {origin}, but {what}; is it whole?")
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

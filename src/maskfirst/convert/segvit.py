@@ -76,7 +76,7 @@ def structure(keys: Collection[str]) -> Structure:
 
 
 def facts(tensors: Mapping[str, Tensor]) -> Facts:
-    """Read from shapes. Raises KeyError where a key that every SegViT has is missing."""
+    """Read from shapes. Raises LookupError where a key or an axis that every SegViT has is missing."""
     kind = structure(tensors)
     head = "decode_head.atm." if kind == "shrunk" else "decode_head."
     projection = tensors["backbone.patch_embed.projection.weight"]

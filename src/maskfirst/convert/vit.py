@@ -29,7 +29,7 @@ class Layout:
     norm: str
 
     def build(self, tensors: Mapping[str, Tensor]) -> TimmViT:
-        """A ViT of that size, without memory. Raises KeyError where a key of every ViT is missing."""
+        """A ViT of that size, without memory. Raises LookupError where a key or an axis of every ViT is missing."""
         kernel = tensors[self.kernel]
         patch = kernel.shape[2] if self.channels == 0 else kernel.shape[0]
         side = isqrt(tensors[self.positions].shape[1] - 1) * patch
