@@ -185,8 +185,10 @@ def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | Non
     ours = _as_ours(renamed, module)
     if recipe is not None:
         _check_place(checkpoint, ours, origin, recipe)
+    # A copy of its own each, as safetensors refuses tensors that share memory.
+    copies = {key: tensor.contiguous().clone() for key, tensor in ours.items()}
     with write_aside(out) as aside:
-        save_file(ours, aside, {"part": origin.place, "source": f"{checkpoint.name} ({origin.name})"})
+        save_file(copies, aside, {"part": origin.place, "source": f"{checkpoint.name} ({origin.name})"})
     holds = f"{origin.name}, {len(ours)} tensors without a head"
     note = f"use: `-s {origin.place}.weights={out}`, or the key `weights` at that place of any recipe that it fits"
     return Report(str(checkpoint), origin.name, holds, None, (), str(out), len(renamed.homes), renamed.left, (note,))
@@ -220,9 +222,9 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _as_ours(renamed: Renamed, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors in the types that the module has them in, each in memory of its own."""
+    """The tensors in the types that the module has them in."""
     own = module.state_dict()
-    return {key: tensor.to(own[key].dtype, copy=True).contiguous() for key, tensor in renamed.tensors.items()}
+    return {key: tensor.to(own[key].dtype) for key, tensor in renamed.tensors.items()}
 
 
 def _name_notes(beside: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[str, ...]:
