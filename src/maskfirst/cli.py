@@ -504,7 +504,8 @@ def _bar(what: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
 def _print(what: "RenderableType") -> None:
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=True).print(what)
+    # No markup: names of classes may have square brackets.
+    Console(highlight=False, soft_wrap=True, markup=False, emoji=False).print(what)
 
 
 def _print_json(content: Any) -> None:
