@@ -24,7 +24,6 @@ from maskfirst.build import Experiment
 from maskfirst.frames import Frame, Size
 from maskfirst.proposers.atm import ATM, ShrunkATM, SingleATM
 from maskfirst.segmenter import Segmenter
-from maskfirst.tasks import read_out
 from maskfirst.types import Batch, Names, Proposals, Segments
 
 READ_OUT = "read_out"
@@ -153,19 +152,22 @@ def parameters_by_part(segmenter: Segmenter) -> dict[str, int]:
 def multiply_adds(segmenter: Segmenter, size: Size) -> tuple[Counter[str], Counter[str]]:
     """Multiply-adds of one picture in evaluation, by operator and by module.
 
+    The network is counted by the operators that run, the read-out by its shapes, whatever the runs of rows it is made in.
     Three things are counted although prediction skips them, because the published figures hold them: names for earlier
-    guesses, and the two resizes below that change nothing.
+    guesses, and resizes of masks and scores that change nothing.
     """
     fakes = _Fakes(segmenter)
     batch = fakes.batch(size, 1)
     with _mode(segmenter, training=False), torch.no_grad(), _Count(segmenter) as count:
         proposals, names = fakes.call(_AllNamed(segmenter), batch)
-        with count.reading_out():
-            scores = read_out(proposals, names, 0, size).fetch(0, size[0])
     count.note("bilinear", "proposer", 4 * _unmoved(segmenter, proposals))
-    if not proposals.competing and size == (proposals.resolution or size):
-        # Mixed masks have the recipe's size, and the originals resize them to the window's also where that is the same.
-        count.note("bilinear", READ_OUT, 4 * scores.numel())
+    pixels, classes = prod(size), names.logits.shape[-1] - 1
+    if proposals.names is names and proposals.competing:
+        count.note("bilinear", READ_OUT, 4 * classes * pixels)
+    else:
+        queries, places = proposals.masks.shape[1], prod(proposals.resolution or size)
+        count.note("bilinear", READ_OUT, 4 * (queries * places + classes * pixels))
+        count.note(READ_OUT, READ_OUT, _einsum(queries * classes * places))
     return count.operators, count.modules
 
 
@@ -326,7 +328,6 @@ class _Count(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self.modules: Counter[str] = Counter()
         self._calls: list[str] = []
-        self._reading = False
         self._hooks: list[Any] = []
         self._names = {module: name for name, module in segmenter.named_modules()}
 
@@ -347,15 +348,6 @@ class _Count(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
-    @contextmanager
-    def reading_out(self) -> Iterator[None]:
-        """Products inside the block are the mixing of masks by their names."""
-        self._reading = True
-        self._calls.append(READ_OUT)
-        yield
-        self._calls.pop()
-        self._reading = False
-
     def note(self, operator: str, module: str, amount: int) -> None:
         """Counts `amount` for an operator, its module and all modules around that."""
         self.operators[operator] += amount
@@ -367,8 +359,5 @@ class _Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         rule = RULES.get(func.overloadpacket)
         if rule is not None:
-            operator, amount = rule[0], rule[1](args, out)
-            if self._reading and operator in ("linear", "attention"):
-                operator, amount = READ_OUT, _einsum(amount)
-            self.note(operator, self._calls[-1] if self._calls else "", amount)
+            self.note(rule[0], self._calls[-1], rule[1](args, out))
         return out

@@ -18,6 +18,9 @@ from maskfirst.types import TASKS, Names, Proposals, Segments, Vocabulary
 Order = Literal["masks_first", "names_first"]
 """Whether masks are enlarged before they are mixed into names (the originals' order) or after (faster, near equal)."""
 
+PIECE = 2**21
+"""Mask values that are mixed into names at a time: what stays in a processor's cache is twice as fast."""
+
 
 def check_task(task: str, able: frozenset[str]) -> None:
     """Raises where a model is asked for a task that its proposer cannot do."""
@@ -151,10 +154,21 @@ def read_out(proposals: Proposals, names: Names, image: int, canvas: Size, order
     resolution = proposals.resolution or canvas
 
     def mixed(rows: Rows) -> Rows:
-        def fetch(first: int, last: int) -> Tensor:
+        run = max(1, PIECE // (len(masks) * rows.width))
+
+        def mix(first: int, last: int) -> Tensor:
             logits = rows.fetch(first, last)
             inside = logits.softmax(0) if proposals.competing else logits.sigmoid()
             return (share @ inside.flatten(1)).unflatten(1, logits.shape[1:])
+
+        def fetch(first: int, last: int) -> Tensor:
+            if last - first <= run:
+                return mix(first, last)
+            scores = masks.new_empty(len(share), last - first, rows.width)
+            for start in range(first, last, run):
+                stop = min(start + run, last)
+                scores[:, start - first : stop - first] = mix(start, stop)
+            return scores
 
         return Rows(rows.height, rows.width, fetch)
 
