@@ -22,7 +22,8 @@ class Inference:
     `window` and `stride`, px: overlapping windows (semantic only); None: the whole picture. `multiple`: canvases are padded
     to it; None: the proposer's; 1: no padding, as the originals. `scales`, `flip`: what test-time augmentation averages,
     after a softmax over the classes where `average` is "softmax" (mmseg), or as they are. `order`: see tasks.Order.
-    `batch`: windows a pass. `strip`: rows of the answer made at a time, which bounds the memory.
+    `batch`: windows a pass; None: 4, but 1 on the CPU, where more are no faster. `strip`: rows of the answer made at a time,
+    which bounds the memory.
     """
 
     fit: Fit = field(default_factory=Fit)
@@ -33,8 +34,8 @@ class Inference:
     flip: bool = False
     average: Literal["softmax", "raw"] = "softmax"
     order: tasks.Order = "masks_first"
-    batch: int = 4
-    strip: int = 64
+    batch: int | None = None
+    strip: int = 32
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.window is None:
@@ -158,8 +159,9 @@ class Segmenter(nn.Module):
         """Runs the network over the windows of one view, `batch` at a time, and yields each with its place in the pass."""
         picture = view.resized(image.to(self.device))
         frames = self.inference.windows(view, self.proposer.multiple)
-        for start in range(0, len(frames), self.inference.batch):
-            some = frames[start : start + self.inference.batch]
+        count = self.inference.batch or (1 if self.device.type == "cpu" else 4)
+        for start in range(0, len(frames), count):
+            some = frames[start : start + count]
             pixels = torch.stack([frame.cut(picture, self.proposer.mean) for frame in some])
             seen = None if truth is None else tuple(_cut_truth(truth, frame, self.device) for frame in some)
             batch = Batch(pixels, ("semantic",) * len(some), tuple(some), ("",) * len(some), seen)
