@@ -61,7 +61,9 @@ class Segments:
         classes = torch.unique(labels)
         classes = classes[classes != VOID].long()
         masks = labels[None] == classes.to(labels.dtype)[:, None, None]
-        return cls(masks, classes, torch.ones_like(classes, dtype=torch.float), torch.zeros_like(classes, dtype=torch.bool))
+        return cls(
+            masks, classes, torch.ones_like(classes, dtype=torch.float), torch.zeros_like(classes, dtype=torch.bool)
+        )
 
     def __len__(self) -> int:
         return len(self.classes)
