@@ -337,9 +337,9 @@ def recipes(as_json: Json = False) -> None:
     if as_json:
         _print_json([asdict(row) for row in rows])
         return
-    table = Table(
-        "recipe", "data", caption="mIoU, with test-time augmentation after the slash; parameters; multiply-adds"
-    )
+    table = Table(caption="mIoU, with test-time augmentation after the slash; parameters; multiply-adds")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("data")
     for column in ("mIoU", "ours", "M", "ours", "G", "ours"):
         table.add_column(column, justify="right")
     table.add_column("checkpoint")
@@ -505,7 +505,10 @@ def _print(what: "RenderableType") -> None:
     from rich.console import Console
 
     # No markup: names of classes may have square brackets.
-    Console(highlight=False, soft_wrap=True, markup=False, emoji=False).print(what)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    console.print(what)
 
 
 def _print_json(content: Any) -> None:
