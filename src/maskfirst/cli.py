@@ -381,6 +381,9 @@ def version() -> None:
 
 def main() -> None:
     """The entry point: a UserError is one line on stderr and exit code 2."""
+    # Threads of OpenMP that wait by spinning keep each other from the cores that they wait for: beside one other busy
+    # process a training took 5 times as long. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:
