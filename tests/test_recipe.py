@@ -587,11 +587,6 @@ class Certain(Namer):
         return Names(torch.zeros(1, 1, 2))
 
 
-@pytest.mark.parametrize("name", recipe.names())
-def test_bundled_recipes_are_sound(name: str) -> None:
-    Experiment(load(name)).check()
-
-
 @pytest.mark.parametrize(("contract", "kind"), [(c, k) for c, menu in MENUS.items() for k in menu])
 def test_every_kind_on_the_menu_is_there(contract: type, kind: str) -> None:
     found = recipe.import_class(MENUS[contract][kind])

@@ -32,7 +32,12 @@ def experiment(name: str, *overrides: str) -> Experiment:
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_recipe_can_be_built(name: str) -> None:
-    experiment(name).check()
+    told = experiment(name)
+    told.check()
+    segmenter = told.segmenter(meta=True)
+    assert {parameter.device.type for parameter in segmenter.parameters()} == {"meta"}
+    assert len(segmenter.vocabulary) == len(told.vocabulary)
+    assert told.task in segmenter.proposer.tasks
 
 
 def test_every_published_row_has_a_recipe(rows: dict[str, Row]) -> None:

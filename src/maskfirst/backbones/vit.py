@@ -3,7 +3,7 @@
 Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; tapped and shrunk as in SegViT (Zhang et al., 2022).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -180,8 +180,18 @@ def _check_depths(depths: Sequence[int], trunk: Trunk) -> tuple[int, ...]:
     return tuple(depths)
 
 
-def _as_map(tokens: Float[Tensor, "B N D"], grid: Size) -> Float[Tensor, "B D h w"]:
-    return tokens.transpose(1, 2).unflatten(2, grid)
+Step = Callable[[int, Tensor, Size], tuple[Tensor, Size]]
+"""Block `index` applied to tokens on their grid: the tokens and the grid after it."""
+
+
+def _tapped(tokens: Tensor, grid: Size, depths: Sequence[int], step: Step) -> list[Float[Tensor, "B _c _h _w"]]:
+    """The maps after the blocks `depths`, of tokens that go through all blocks up to the last of these."""
+    maps = []
+    for index in range(depths[-1] + 1):
+        tokens, grid = step(index, tokens, grid)
+        if index in depths:
+            maps.append(tokens.transpose(1, 2).unflatten(2, grid))
+    return maps
 
 
 class Taps(Backbone):
@@ -197,13 +207,10 @@ class Taps(Backbone):
         self.multiple = trunk.patch
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _c _h _w"]]:
-        tokens, grid = self.trunk.embed(pixels)
-        maps = []
-        for index in range(self.depths[-1] + 1):
-            tokens = self.trunk.block(index, tokens, grid)
-            if index in self.depths:
-                maps.append(_as_map(tokens, grid))
-        return maps
+        def step(index: int, tokens: Tensor, grid: Size) -> tuple[Tensor, Size]:
+            return self.trunk.block(index, tokens, grid), grid
+
+        return _tapped(*self.trunk.embed(pixels), self.depths, step)
 
 
 class ShrunkTaps(Backbone):
@@ -225,15 +232,10 @@ class ShrunkTaps(Backbone):
         self.multiple = trunk.patch
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _c _h _w"]]:
-        tokens, grid = self.trunk.embed(pixels)
-        maps = []
-        for index in range(self.depths[-1] + 1):
-            if index == self.shrink:
-                even = tokens.unflatten(1, grid)[:, ::2, ::2]
-                grid = (even.shape[1], even.shape[2])
-                tokens = self.trunk.shrink_block(index, even.flatten(1, 2), tokens)
-            else:
-                tokens = self.trunk.block(index, tokens, grid)
-            if index in self.depths:
-                maps.append(_as_map(tokens, grid))
-        return maps
+        def step(index: int, tokens: Tensor, grid: Size) -> tuple[Tensor, Size]:
+            if index != self.shrink:
+                return self.trunk.block(index, tokens, grid), grid
+            even = tokens.unflatten(1, grid)[:, ::2, ::2]
+            return self.trunk.shrink_block(index, even.flatten(1, 2), tokens), (even.shape[1], even.shape[2])
+
+        return _tapped(*self.trunk.embed(pixels), self.depths, step)
