@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskfirst.types import VOID, Names, Sample, Segments, Vocabulary, collate
+from maskfirst.types import VOID, Names, Sample, SegmentMap, Segments, Vocabulary, collate
 
 
 def names(*shape: int) -> Names:
@@ -76,3 +76,17 @@ def test_a_vocabulary_checks_itself(changes: dict, message: str) -> None:
     assert len(Vocabulary(**good)) == 2
     with pytest.raises(ValueError, match=message):
         Vocabulary(**(good | changes))
+
+
+def test_a_map_of_segments_opens_into_the_segments_it_was_made_of() -> None:
+    masks = torch.zeros(3, 4, 5, dtype=torch.bool)
+    masks[0, :2], masks[1, 1:3], masks[2, 3, 3:] = True, True, True
+    segments = Segments(
+        masks, torch.tensor([4, 2, 2]), torch.tensor([0.5, 1.0, 0.25]), torch.tensor([False, True, False])
+    )
+    found = SegmentMap.of(segments)
+    assert found.ids.tolist()[1:] == [[1] * 5, [1] * 5, [VOID] * 3 + [2] * 2]
+    opened = found.segments
+    assert opened.masks[0].sum() == 5  # the later segment has won the second row
+    assert torch.equal(opened.masks[1:], masks[1:])
+    assert torch.equal(SegmentMap.of(opened).ids, found.ids)

@@ -83,6 +83,33 @@ class Segments:
 
 
 @dataclass(frozen=True, eq=False)
+class SegmentMap:
+    """Segments that do not overlap, as one map: `ids` index the N segments, VOID for none. What files and PQ speak of."""
+
+    ids: Int32[Tensor, "H W"]
+    classes: Int64[Tensor, " N"]
+    scores: Float[Tensor, " N"]
+    crowd: Bool[Tensor, " N"]
+
+    @classmethod
+    def of(cls, segments: Segments) -> "SegmentMap":
+        """Where segments overlap the later one wins; one that is covered whole stays, without a pixel."""
+        ids = torch.full(segments.masks.shape[-2:], VOID, dtype=torch.int32, device=segments.masks.device)
+        for index, mask in enumerate(segments.masks):
+            ids.masked_fill_(mask, index)
+        return cls(ids, segments.classes, segments.scores, segments.crowd)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def segments(self) -> Segments:
+        """Opened into masks."""
+        numbers = torch.arange(len(self.classes), dtype=torch.int32, device=self.ids.device)
+        return Segments(self.ids[None] == numbers[:, None, None], self.classes, self.scores, self.crowd)
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One picture with its truth as a data set yields it.
 
