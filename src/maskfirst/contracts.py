@@ -1,11 +1,12 @@
-"""The contracts of the parts: what a trunk, backbone, proposer, namer, criterion and data set promise.
+"""The contracts of the parts: what a trunk, backbone, proposer, namer, criterion, data set and metric promise.
 
 All are abstract; an implementation is final and is built from a recipe by its constructor's arguments.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -128,6 +129,50 @@ class Augmentation(ABC):
 
     @abstractmethod
     def __call__(self, sample: Sample) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a metric says in the end: fractions 0..1, NaN where there was nothing to score.
+
+    `headline`: the name of the one of `means` that stands for all. `content`: everything, as JSON has it. `columns`: what the
+    numbers of `rows` (one a class, its name first) and `below` (of several classes together) are.
+    """
+
+    headline: str
+    means: Mapping[str, float]
+    content: Mapping[str, Any]
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, tuple[float, ...]]]
+    below: Sequence[tuple[str, tuple[float, ...]]]
+
+    @property
+    def value(self) -> float:
+        """The headline's."""
+        return self.means[self.headline]
+
+
+Seen = TypeVar("Seen")
+"""The form in which a metric wants truth and prediction."""
+
+
+class Metric(ABC, Generic[Seen]):
+    """Compares predictions with truth, picture by picture. Keeps no masks, and can be pickled, so that processes can meet."""
+
+    @abstractmethod
+    def update(self, truth: Seen, prediction: Seen, picture: int = 0) -> float | None:
+        """Adds a picture, and returns its own score 0..1, None where it has no truth to score.
+
+        `picture`: its place in the data set, where the order in which pictures come makes a difference.
+        """
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Adds the pictures of another one of the same kind and vocabulary."""
+
+    @abstractmethod
+    def scores(self) -> Scores:
+        """Of all pictures so far; the same whatever was merged from what."""
 
 
 class Resizable(ABC):
