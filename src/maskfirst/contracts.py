@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskfirst.frames import Size
@@ -21,15 +21,26 @@ class Trunk(nn.Module, ABC):
     width: int
     depth: int
     patch: int
+    prefix: int
+    """Tokens of its own, class and registers, that come before those of the patches."""
     mean: tuple[float, float, float]
 
     @abstractmethod
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
-        """Tokens, row by row, of the picture zero-padded to whole patches, and their grid (h, w)."""
+        """Tokens, the prefix and then row by row of the picture zero-padded to whole patches, and their grid (h, w)."""
 
     @abstractmethod
-    def block(self, index: int, tokens: Float[Tensor, "B N D"], grid: Size) -> Float[Tensor, "B N D"]:
-        """Block `index` (0..depth-1) applied."""
+    def block(
+        self,
+        index: int,
+        tokens: Float[Tensor, "B N D"],
+        grid: Size,
+        mask: Bool[Tensor, "B N N"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        """Block `index` (0..depth-1) applied. More tokens may stand before those that `embed` gave.
+
+        `mask` is true where the token of a row may look at the token of a column; None: everywhere, which is faster.
+        """
 
     @abstractmethod
     def shrink_block(

@@ -1,16 +1,18 @@
 """The confusion matrix: how many pixels of each class were called what, and the scores that follow from it."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
 
 import torch
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float64, Int
 from torch import Tensor
 
-from maskfirst.types import VOID
+from maskfirst.contracts import Metric, Scores
+from maskfirst.types import VOID, Vocabulary
+
+LabelMap = Int[Tensor, "H W"]
 
 
-class ConfusionMatrix:
+class ConfusionMatrix(Metric[LabelMap]):
     """Counts of pixels, truth by prediction, from which mIoU, mAcc and aAcc follow exactly.
 
     Pixels whose truth is VOID are left out. A pixel predicted VOID is one that its class has missed: it counts against
@@ -18,18 +20,24 @@ class ConfusionMatrix:
     the truth, column = class predicted, the last column = predicted VOID.
     """
 
-    def __init__(self, num_classes: int) -> None:
-        self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.names = vocabulary.names
+        self.counts = torch.zeros(len(self.names), len(self.names) + 1, dtype=torch.int64)
 
-    @property
-    def num_classes(self) -> int:
-        return self.counts.shape[0]
+    def update(self, truth: Int[Tensor, "H W"], prediction: Int[Tensor, "H W"], picture: int = 0) -> float | None:
+        """Adds two label maps with values 0..K-1 or VOID; returns the mIoU over the classes of this truth.
 
-    def update(self, truth: Int[Tensor, "H W"], prediction: Int[Tensor, "H W"]) -> None:
-        """Adds one picture: two label maps with values 0..K-1 or VOID. Raises ValueError for other values."""
+        Raises ValueError for other values.
+        """
+        one = self._count(truth, prediction)
+        self.counts += one
+        present = one.sum(1) > 0
+        return _iou(one)[present].mean().item() if present.any() else None
+
+    def _count(self, truth: Int[Tensor, "H W"], prediction: Int[Tensor, "H W"]) -> Int[Tensor, "K K+1"]:
+        K = len(self.names)
         if truth.numel() == 0:
-            return
-        K = self.num_classes
+            return torch.zeros_like(self.counts)
         for what, labels in (("truth", truth), ("prediction", prediction)):
             low, high = (int(v) for v in labels.aminmax())
             if low < VOID or high >= K:
@@ -39,51 +47,52 @@ class ConfusionMatrix:
         # One count of a joint index does it all; VOID = -1 becomes row and column 0. 32 bits are the fastest wide enough.
         joint = torch.add(prediction.int(), truth.int(), alpha=K + 1).add_(K + 2)
         counts = torch.bincount(joint.flatten(), minlength=(K + 1) ** 2).view(K + 1, K + 1)[1:].cpu()
-        self.counts[:, :K] += counts[:, 1:]
-        self.counts[:, K] += counts[:, 0]
+        return counts.roll(-1, 1)
 
     def merge(self, other: "ConfusionMatrix") -> None:
-        """Adds the pixels of another matrix over the same classes."""
         self.counts += other.counts
 
     @property
-    def state(self) -> Int64[Tensor, "K K+1"]:
-        """The counts as a tensor of its own: states of several processes add up to the state of all."""
-        return self.counts.clone()
-
-    @classmethod
-    def from_state(cls, state: Int64[Tensor, "K K+1"]) -> "ConfusionMatrix":
-        """The matrix whose `state` this is."""
-        matrix = cls(state.shape[0])
-        matrix.counts += state.cpu()
-        return matrix
-
-    @property
-    def truth(self) -> Int64[Tensor, " K"]:
+    def truth(self) -> Int[Tensor, " K"]:
         """Pixels of each class in the truth."""
         return self.counts.sum(1)
 
     @property
     def iou(self) -> Float64[Tensor, " K"]:
         """Intersection over union of each class, 0..1; NaN for one in neither truth nor prediction."""
-        hit, predicted = self.counts[:, :-1].diagonal(), self.counts[:, :-1].sum(0)
-        return hit.double() / (self.truth + predicted - hit).double()
+        return _iou(self.counts)
 
     @property
     def accuracy(self) -> Float64[Tensor, " K"]:
         """The share of each class's pixels that were found, 0..1; NaN for one that is not in the truth."""
         return self.counts[:, :-1].diagonal().double() / self.truth.double()
 
-    def scores(self, names: Sequence[str]) -> dict[str, Any]:
+    def scores(self) -> Scores:
         """`mIoU`, `mAcc`, `aAcc` and, by name, `IoU` and `Acc`; means leave NaN out, and are NaN where nothing is left.
 
-        `aAcc` is the share of all pixels found. `names`: one a class, in their order.
+        `aAcc` is the share of all pixels found. The table adds each class's share of the pixels in the truth.
         """
-        hit = self.counts[:, :-1].diagonal().sum().double()
-        return {
-            "mIoU": self.iou.nanmean().item(),
+        hit, iou, accuracy = self.counts[:, :-1].diagonal().sum().double(), self.iou, self.accuracy
+        means = {
+            "mIoU": iou.nanmean().item(),
             "aAcc": (hit / self.truth.sum()).item(),
-            "mAcc": self.accuracy.nanmean().item(),
-            "IoU": dict(zip(names, self.iou.tolist(), strict=True)),
-            "Acc": dict(zip(names, self.accuracy.tolist(), strict=True)),
+            "mAcc": accuracy.nanmean().item(),
         }
+        by_name = {
+            what: dict(zip(self.names, values.tolist(), strict=True))
+            for what, values in (("IoU", iou), ("Acc", accuracy))
+        }
+        numbers = torch.stack([iou, accuracy, self.truth / self.truth.sum()], 1).tolist()
+        return Scores(
+            "mIoU",
+            means,
+            {**means, **by_name},
+            ("IoU", "Acc", "share"),
+            [(name, tuple(row)) for name, row in zip(self.names, numbers, strict=True)],
+            [("mean", (means["mIoU"], means["mAcc"], math.nan))],
+        )
+
+
+def _iou(counts: Int[Tensor, "K K+1"]) -> Float64[Tensor, " K"]:
+    hit, predicted = counts[:, :-1].diagonal(), counts[:, :-1].sum(0)
+    return hit.double() / (counts.sum(1) + predicted - hit).double()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
-from torch import Tensor
 
 from maskfirst.contracts import Metric, Scores
 from maskfirst.types import VOID, SegmentMap, Vocabulary
@@ -98,7 +97,9 @@ class PanopticQuality(Metric[SegmentMap]):
             (group, tuple(rows.mean(0).tolist()) if len(rows) else (math.nan,) * 3) for group, rows in groups.items()
         ]
         every, *parts = below
-        means = dict(zip(COLUMNS, every[1], strict=True)) | {f"PQ_{group.lower()}": values[0] for group, values in parts}
+        means = dict(zip(COLUMNS, every[1], strict=True)) | {
+            f"PQ_{group.lower()}": values[0] for group, values in parts
+        }
         content = {group: {**_by_letters(values), "n": len(groups[group])} for group, values in below}
         rows = [(name, (row[0], row[1], row[2])) for name, row in zip(names, quality.tolist(), strict=True)]
         per_class = {name: _by_letters(values) for name, values in rows}
@@ -125,7 +126,9 @@ def _common_pixels(truth: SegmentMap, prediction: SegmentMap) -> _Pairs:
     for what, side in (("truth", truth), ("prediction", prediction)):
         low, high = (int(value) for value in side.ids.aminmax())
         if low < VOID or high >= len(side):
-            raise ValueError(f"{what} holds {low if low < VOID else high}; its {len(side)} segments are 0.., {VOID} is void")
+            raise ValueError(
+                f"{what} holds {low if low < VOID else high}; its {len(side)} segments are 0.., {VOID} is void"
+            )
     columns = len(prediction) + 1
     size = (len(truth) + 1) * columns
     if size <= DENSE:
