@@ -16,7 +16,8 @@ from maskfirst.data import shapes
 from maskfirst.data import vocabulary as vocabularies
 from maskfirst.data.ade20k import ADE20K
 from maskfirst.data.coco_stuff import COCOStuff10K
-from maskfirst.data.folder import Coding, DataError, Folder
+from maskfirst.data.coding import Coding, DataError
+from maskfirst.data.folder import Folder
 from maskfirst.data.images import ImageError, read_image, read_label_map
 from maskfirst.data.pascal_context import PascalContext
 from maskfirst.data.shapes import Shapes, write_demo
@@ -271,6 +272,13 @@ def test_numbers_beyond_sixteen_bits_are_an_error(tmp_path: Path) -> None:
         ("coco_stuff_171", 171, 80, {0: "person", 79: "toothbrush", 80: "banner", 170: "wood"}),
         ("pascal_context_59", 59, 36, {0: "aeroplane", 58: "wood"}),
         ("pascal_context_60", 60, 36, {0: "background", 1: "aeroplane"}),
+        ("ade20k_panoptic", 150, 100, {0: "wall", 149: "flag"}),
+        ("ade20k_things", 100, 100, {0: "bed", 99: "flag"}),
+        ("cityscapes", 19, 8, {0: "road", 18: "bicycle"}),
+        ("cityscapes_things", 8, 8, {0: "person", 7: "bicycle"}),
+        ("coco_80", 80, 80, {0: "person", 79: "toothbrush"}),
+        ("coco_133", 133, 80, {79: "toothbrush", 80: "banner", 132: "rug-merged"}),
+        ("mapillary_vistas", 65, 37, {0: "Bird", 64: "Ego Vehicle"}),
         ("camvid", 11, 3, {0: "Sky", 3: "Road", 10: "Bicyclist"}),
         ("shapes", 7, 4, {0: "sky", 6: "star"}),
     ],
@@ -285,7 +293,14 @@ def test_bundled_vocabularies(name: str, count: int, things: int, some: dict[int
 def test_all_bundled_vocabularies_are_tested() -> None:
     assert set(vocabularies.bundled()) == {
         "ade20k",
+        "ade20k_panoptic",
+        "ade20k_things",
+        "cityscapes",
+        "cityscapes_things",
+        "coco_80",
+        "coco_133",
         "coco_stuff_171",
+        "mapillary_vistas",
         "pascal_context_59",
         "pascal_context_60",
         "camvid",
@@ -298,6 +313,26 @@ def test_dataset_numbers() -> None:
     assert load("coco_stuff_171").ids[-1] == 182
     assert load("ade20k").ids == tuple(range(1, 151))
     assert load("camvid").colors[3] == (128, 64, 128)
+    assert load("coco_133").ids[78:82] == (89, 90, 92, 93)
+    assert load("cityscapes").ids == (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+    assert load("mapillary_vistas").ids == tuple(range(1, 66))
+
+
+@pytest.mark.parametrize(
+    ("part", "whole"), [("ade20k_things", "ade20k_panoptic"), ("cityscapes_things", "cityscapes"), ("coco_80", "coco_133")]
+)
+def test_vocabularies_of_instances_are_the_things_of_the_whole(part: str, whole: str) -> None:
+    few, all_ = load(part), load(whole)
+    things = sorted(all_.things)
+    assert few.names == tuple(all_.names[index] for index in things)
+    assert few.ids == tuple(all_.ids[index] for index in things)
+    assert few.colors == tuple(all_.colors[index] for index in things)
+
+
+def test_vocabularies_of_ade20k_differ_in_their_numbers_alone() -> None:
+    labels, panoptic = load("ade20k"), load("ade20k_panoptic")
+    assert (labels.names, labels.colors, labels.things) == (panoptic.names, panoptic.colors, panoptic.things)
+    assert [number - 1 for number in labels.ids] == list(panoptic.ids)
 
 
 def test_vocabulary_files(tmp_path: Path) -> None:

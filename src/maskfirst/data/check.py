@@ -16,7 +16,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from maskfirst.contracts import Dataset
-from maskfirst.data.folder import UNKNOWN, Coding, Pair, Paired, distinct, first
+from maskfirst.data.coding import UNKNOWN, Code, Coding, distinct, first
+from maskfirst.data.folder import Pair, Paired
 from maskfirst.data.images import ImageError, read_image, read_label_map
 from maskfirst.draw import contact_sheet
 from maskfirst.errors import UserError
@@ -208,7 +209,7 @@ def _broken(split: str, looks: Sequence[_Look]) -> Iterator[Problem]:
         )
 
 
-def _unknown(split: str, coding: Coding, looks: Sequence[_Look]) -> Iterator[Problem]:
+def _unknown(split: str, coding: Code, looks: Sequence[_Look]) -> Iterator[Problem]:
     """The numbers that are no class, as one problem with the setting that would put it right."""
     numbers = sorted({number for look in looks for number in look.firsts})
     if not numbers:
@@ -228,9 +229,11 @@ def _unknown(split: str, coding: Coding, looks: Sequence[_Look]) -> Iterator[Pro
     )
 
 
-def _setting(coding: Coding, unknown: list[int], seen: set[int]) -> tuple[Kind, str]:
+def _setting(coding: Code, unknown: list[int], seen: set[int]) -> tuple[Kind, str]:
     """The setting that gives every number of `seen` a meaning, if there is one."""
     count = len(coding.vocabulary)
+    if not isinstance(coding, Coding):
+        return "value", "correct the label maps, or leave them out"
     if coding.colors:
         return "value", "give the vocabulary the colours that the label maps are painted in, black for no class"
     if coding.ids is not None:
@@ -259,9 +262,9 @@ def _misread(datasets: Mapping[str, Dataset], looks: Mapping[str, Sequence[_Look
     """Settings under which every number has a meaning, but hardly the one that was meant."""
     seen = {number for found in looks.values() for look in found for number in look.numbers}
     for split, dataset in datasets.items():
-        if not isinstance(dataset, Paired) or dataset.coding.ids is not None or dataset.coding.colors:
+        coding, names = dataset.coding if isinstance(dataset, Paired) else None, dataset.vocabulary.names
+        if not isinstance(coding, Coding) or coding.ids is not None or coding.colors:
             continue
-        coding, names = dataset.coding, dataset.vocabulary.names
         pixels: dict[int, int] = defaultdict(int)
         for look in looks[split]:
             for number, amount in look.numbers.items():
@@ -286,7 +289,7 @@ def _misread(datasets: Mapping[str, Dataset], looks: Mapping[str, Sequence[_Look
             )
 
 
-def _per_class(coding: Coding | None, looks: Sequence[_Look]) -> dict[int, list[int]]:
+def _per_class(coding: Code | None, looks: Sequence[_Look]) -> dict[int, list[int]]:
     """[pixels, pictures] of every class that occurs, and of VOID."""
     found: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for look in looks:

@@ -1,14 +1,18 @@
-"""COCO-Stuff-10K: 80 things and 91 stuff classes on COCO pictures.
+"""COCO-Stuff: 80 things and 91 stuff classes on COCO pictures, in its releases of 10 and of 164 thousand.
 
 Caesar et al., "COCO-Stuff: Thing and Stuff Classes in Context", CVPR 2018.
 """
 
 from pathlib import Path
+from typing import Literal
 
-from maskfirst.data.folder import Coding, Paired, choose, match
+from maskfirst.data.coding import Coding
+from maskfirst.data.folder import Paired, choose, match, opened
 from maskfirst.data.vocabulary import load
 
-_PARTS = {"train": "train2014", "val": "test2014", "test": "test2014"}
+_PARTS_10K = {"train": "train2014", "val": "test2014", "test": "test2014"}
+_PARTS_164K = {"train": "train2017", "val": "val2017"}
+_TRAIN_IDS = "_labelTrainIds.png"
 
 
 class COCOStuff10K(Paired):
@@ -17,8 +21,44 @@ class COCOStuff10K(Paired):
     Label maps end in `_labelTrainIds.png`; 0 is unlabelled, 1..171 are the classes. Val and test are the same pictures.
     """
 
-    def __init__(self, root: str = "data/coco_stuff10k", split: str = "train", limit: int | None = None) -> None:
-        """`split`: train, val or test. `limit`: use so many pairs. Raises DataError."""
-        part = choose(split, _PARTS, "coco_stuff_10k")
-        listing = match(Path(root), f"images/{part}", f"annotations/{part}", "_labelTrainIds.png", limit)
-        super().__init__(listing, Coding(load("coco_stuff_171"), shift=-1))
+    def __init__(
+        self,
+        root: str = "data/coco_stuff10k",
+        split: str = "train",
+        instances: Literal["components"] | None = None,
+        smallest: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        """`split`: train, val or test. `instances`, `smallest`: see Folder. `limit`: use so many pairs. Raises DataError."""
+        part = choose(split, _PARTS_10K, "coco_stuff_10k")
+        listing = match(Path(root), f"images/{part}", f"annotations/{part}", _TRAIN_IDS, limit)
+        words = load("coco_stuff_171")
+        super().__init__(listing, Coding(words, shift=-1), opened(words, instances, smallest))
+
+
+class COCOStuff164K(Paired):
+    """Pictures in `train2017` (118,287) and `val2017` (5,000), or in these folders of `images`.
+
+    Label maps lie in the same folders of `stuffthingmaps`, as released, or of `annotations`. Those as released hold the
+    category less one, 255 being unlabelled; those that end in `_labelTrainIds.png`, which are taken where there are some,
+    hold the class.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/coco",
+        split: str = "train",
+        instances: Literal["components"] | None = None,
+        smallest: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        """`split`: train or val. `instances`, `smallest`: see Folder. `limit`: use so many pairs. Raises DataError."""
+        part, place = choose(split, _PARTS_164K, "coco_stuff_164k"), Path(root)
+        images = f"images/{part}" if (place / "images" / part).is_dir() else part
+        labels = f"{'annotations' if (place / 'annotations' / part).is_dir() else 'stuffthingmaps'}/{part}"
+        prepared = next((place / labels).glob(f"*{_TRAIN_IDS}"), None) is not None
+        listing = match(place, images, labels, _TRAIN_IDS if prepared else ".png", limit)
+        words = load("coco_stuff_171")
+        released = {category - 1: index for index, category in enumerate(words.ids)}
+        coding = Coding(words) if prepared else Coding(words, ids=released)
+        super().__init__(listing, coding, opened(words, instances, smallest))

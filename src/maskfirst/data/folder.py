@@ -5,25 +5,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int32, Integer, UInt8
+from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from maskfirst.contracts import Dataset
+from maskfirst.data.coding import Code, Coding, DataError, Merged, Truth
+from maskfirst.data.components import Components
 from maskfirst.data.images import IMAGE_ENDINGS, read_image, read_label_map
 from maskfirst.data.vocabulary import from_names, load, of_folder
-from maskfirst.errors import UserError, nearest
-from maskfirst.types import VOID, Sample, Vocabulary
-
-UNKNOWN = -2
-"""In place of a class: a number that a label map should not hold."""
-
-
-class DataError(UserError):
-    """A data folder, or a label map in it, that is not as the recipe says."""
-
+from maskfirst.errors import nearest
+from maskfirst.types import Sample, Vocabulary
 
 @dataclass(frozen=True)
 class Pair:
@@ -44,111 +39,20 @@ class Listing:
     labels: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class Coding:
-    """What the numbers in label maps mean.
-
-    `ignore` marks pixels without a class (VOID). `shift` is added to every other number; where it is negative, numbers
-    that fall below 0 are VOID too: -1 is "0 is unlabelled, classes count from 1". `ids` says instead which class, by index
-    or name, each number stands for, None for VOID. `colors`: label maps are painted in the vocabulary's colours, black
-    being VOID where no class is black.
-    """
-
-    vocabulary: Vocabulary
-    shift: int = 0
-    ignore: int = 255
-    ids: Mapping[int, int | str | None] | None = None
-    colors: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.ids is not None) + self.colors + (self.shift != 0) > 1:
-            raise DataError(
-                "set one of `shift`, `ids` and `colors`, as each alone says what a label map's numbers mean"
-            )
-        _ = self._table
-
-    @functools.cached_property
-    def _table(self) -> Mapping[int, int] | None:
-        """The class of each number, where that is not plain arithmetic."""
-        names = self.vocabulary.names
-        if self.colors:
-            table = {red << 16 | green << 8 | blue: c for c, (red, green, blue) in enumerate(self.vocabulary.colors)}
-            if len(table) < len(names):
-                raise DataError(
-                    "`colors: true` needs a colour of its own for every class; some share one in this vocabulary"
-                )
-            return {0: VOID} | table
-        if self.ids is None:
-            return None
-        table = {}
-        for number, meant in self.ids.items():
-            if isinstance(meant, str) and meant not in names:
-                raise DataError(f"ids: {number} stands for unknown class '{meant}'.{nearest(meant, names)}")
-            if isinstance(meant, int) and not 0 <= meant < len(names):
-                raise DataError(
-                    f"ids: {number} stands for class {meant}, but there are {len(names)} (0..{len(names) - 1})"
-                )
-            table[number] = VOID if meant is None else names.index(meant) if isinstance(meant, str) else meant
-        return table
-
-    def meaning(self, number: int) -> int:
-        """The class of a number in a label map, VOID or UNKNOWN."""
-        if self._table is not None:
-            return VOID if number == self.ignore and not self.colors else self._table.get(number, UNKNOWN)
-        shifted = number + self.shift
-        if number == self.ignore or (self.shift < 0 and shifted < 0):
-            return VOID
-        return shifted if 0 <= shifted < len(self.vocabulary) else UNKNOWN
-
-    def __str__(self) -> str:
-        count = len(self.vocabulary)
-        if self.colors:
-            return f"{count} classes by colour, black for none"
-        if self.ids is not None:
-            return f"{count} classes by `ids`, ignore {self.ignore}"
-        return f"{count} classes, ignore {self.ignore}" + (f", shift {self.shift}" if self.shift else "")
-
-    def name(self, number: int) -> str:
-        """A number in a label map, as messages call it."""
-        return f"color ({number >> 16}, {number >> 8 & 255}, {number & 255})" if self.colors else f"value {number}"
-
-    def decode(
-        self, values: Integer[np.ndarray, "H W"], place: Path
-    ) -> tuple[Int32[np.ndarray, "H W"], Int[np.ndarray, " N"]]:
-        """The index into the classes present of every pixel, VOID for none; and these classes, ascending.
-
-        Raises DataError naming `place`, the number and its first pixel, where a number is UNKNOWN.
-        """
-        numbers, _ = distinct(values)
-        classes = np.array([self.meaning(int(number)) for number in numbers])
-        if UNKNOWN in classes:
-            number = int(numbers[classes.tolist().index(UNKNOWN)])
-            y, x = first(values, number)
-            raise DataError(
-                f"{place}: {self.name(number)} at (y {y}, x {x}) is no class: {self}; `maskfirst check` finds all such"
-            )
-        present = np.unique(classes[classes != VOID])
-        indices = np.where(classes == VOID, VOID, np.searchsorted(present, classes)).astype(np.int32)
-        if values.itemsize > 2:
-            return indices[np.searchsorted(numbers, values)], present
-        table = np.zeros(int(numbers[-1]) + 1, np.int32)
-        table[numbers] = indices
-        return table[values], present
-
-
 class Paired(Dataset):
-    """Pairs of pictures and label maps on disk, one segment a class. Abstract but for the listing and the coding.
+    """Pairs of pictures and label maps on disk. Abstract but for the listing, the coding and the opening of things.
 
     A listing may have images without labels, which are an error as soon as the samples are asked for, so that
     `maskfirst check` can tell of them all.
     """
 
-    def __init__(self, listing: Listing, coding: Coding) -> None:
-        """Raises DataError where the listing is empty."""
+    def __init__(self, listing: Listing, coding: Code, components: Components | None = None) -> None:
+        """`components`: opens the things that the coding leaves whole. Raises DataError where the listing is empty."""
         if not listing.pairs and not listing.images:
             raise DataError(f"{listing.place}: no pictures here ({', '.join(IMAGE_ENDINGS)}); the split is empty")
         self.listing = listing
         self.coding = coding
+        self.components = components
         self.vocabulary = coding.vocabulary
 
     @functools.cached_property
@@ -175,14 +79,8 @@ class Paired(Dataset):
     def sample(self, pair: Pair) -> Sample:
         """The pair as a sample. Raises ImageError and DataError."""
         image, values = self.read(pair)
-        ids, classes = self.coding.decode(values, pair.label)
-        return Sample(
-            image,
-            torch.from_numpy(ids)[None],
-            torch.from_numpy(classes).long(),
-            torch.zeros(len(classes), dtype=torch.bool),
-            pair.key,
-        )
+        truth = self.coding.decode(values, pair.label)
+        return to_sample(image, truth if self.components is None else self.components.open(truth), pair.key)
 
     def read(self, pair: Pair) -> tuple[UInt8[Tensor, "3 H W"], Integer[np.ndarray, "H W"]]:
         """The picture, and the numbers in its label map as they are (see read_label_map).
@@ -214,6 +112,9 @@ class Folder(Paired):
         ignore: int = 255,
         ids: dict[int, int | str | None] | None = None,
         colors: bool = False,
+        merge: dict[str, list[str]] | None = None,
+        instances: Literal["components"] | None = None,
+        smallest: int = 1,
         ending: str = ".png",
         limit: int | None = None,
     ) -> None:
@@ -221,8 +122,10 @@ class Folder(Paired):
 
         A picture's label map has the picture's path and stem, followed by `ending`. `vocabulary`: a bundled name, a
         YAML or text file in `root`, a list of names, or None for the `classes.yaml` or `classes.txt` in `root`.
-        `shift`, `ignore`, `ids`, `colors`: what the label maps' numbers mean (see Coding). `limit`: use so many pairs.
-        Raises DataError or VocabularyError.
+        `shift`, `ignore`, `ids`, `colors`: what the label maps' numbers mean (see Coding). `merge`: name -> the names that
+        count as it, which may be new; `void` takes in those that are no class (see Merged). `instances`: `components` opens
+        things where they do not touch, those of less than `smallest` px together as a crowd (see Components). `limit`: use
+        so many pairs. Raises DataError or VocabularyError.
         """
         place = Path(root)
         folders = [template.replace("{split}", split) for template in (images, labels)]
@@ -233,12 +136,36 @@ class Folder(Paired):
             words = load(vocabulary, place)
         else:
             words = from_names(vocabulary)
-        super().__init__(listing, Coding(words, shift, ignore, ids, colors))
+        code: Code = Coding(words, shift, ignore, ids, colors)
+        if merge is not None:
+            code = Merged(code, merge)
+        super().__init__(listing, code, opened(code.vocabulary, instances, smallest))
 
 
-def match(root: Path, images: str, labels: str, ending: str = ".png", limit: int | None = None) -> Listing:
-    """The pairs of two folders in `root`: label maps have their picture's path and stem, followed by `ending`."""
-    pictures, maps = files(folder(root, images), IMAGE_ENDINGS), files(folder(root, labels), (ending,))
+def to_sample(image: UInt8[Tensor, "3 H W"], truth: Truth, key: str) -> Sample:
+    """A picture and its truth as what a data set yields."""
+    classes, crowd = torch.from_numpy(truth.classes), torch.from_numpy(truth.crowd)
+    return Sample(image, torch.from_numpy(truth.ids)[None], classes, crowd, key)
+
+
+def opened(vocabulary: Vocabulary, instances: Literal["components"] | None, smallest: int) -> Components | None:
+    """What the keys `instances` and `smallest` of a data set of label maps ask for."""
+    return None if instances is None else Components(vocabulary.things, smallest)
+
+
+def match(
+    root: Path,
+    images: str,
+    labels: str,
+    ending: str = ".png",
+    limit: int | None = None,
+    image_endings: tuple[str, ...] = IMAGE_ENDINGS,
+) -> Listing:
+    """The pairs of two folders in `root`: label maps have their picture's path and stem, followed by `ending`.
+
+    `image_endings`: what follows the stem in the names of pictures.
+    """
+    pictures, maps = files(folder(root, images), image_endings), files(folder(root, labels), (ending,))
     return Listing(
         str(root / images),
         tuple(Pair(key, path, maps[key]) for key, path in pictures.items() if key in maps)[:limit],
@@ -305,22 +232,6 @@ def files(path: Path, endings: tuple[str, ...]) -> dict[str, Path]:
                 raise DataError(f"{path}: {found[key].name} and {name} share a stem; rename or remove one")
             found[key] = file
     return dict(sorted(found.items()))
-
-
-def distinct(values: Integer[np.ndarray, "H W"]) -> tuple[Integer[np.ndarray, " N"], Integer[np.ndarray, " N"]]:
-    """The numbers that occur, ascending, and how often each does."""
-    if values.itemsize > 2:
-        numbers, counts = np.unique(values, return_counts=True)
-        return numbers, counts
-    counts = np.bincount(values.ravel())
-    numbers = np.flatnonzero(counts)
-    return numbers, counts[numbers]
-
-
-def first(values: Integer[np.ndarray, "H W"], number: int) -> tuple[int, int]:
-    """(y, x) of the first pixel, row by row, that holds `number`."""
-    y, x = divmod(int((values == number).argmax()), values.shape[1])
-    return y, x
 
 
 def choose(split: str, known: Mapping[str, str], place: str) -> str:

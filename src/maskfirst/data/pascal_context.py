@@ -6,7 +6,8 @@ Mottaghi et al., "The Role of Context for Object Detection and Semantic Segmenta
 from pathlib import Path
 from typing import Literal
 
-from maskfirst.data.folder import Coding, Paired, match_list
+from maskfirst.data.coding import Coding
+from maskfirst.data.folder import Paired, match_list
 from maskfirst.data.vocabulary import load
 
 

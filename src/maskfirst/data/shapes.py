@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 from PIL import Image
 
 from maskfirst.contracts import Dataset
-from maskfirst.data.folder import DataError, choose
+from maskfirst.data.coding import DataError
+from maskfirst.data.folder import choose
 from maskfirst.data.vocabulary import load
 from maskfirst.draw import to_picture, write_label_map
 from maskfirst.files import write_aside, write_json

@@ -1,0 +1,94 @@
+"""Annotated: pictures whose truth lies in files of annotations, with masks that stay compressed until a picture is read."""
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int32, Int64
+from torch import Tensor
+
+from maskfirst.contracts import Dataset
+from maskfirst.data.coding import DataError
+from maskfirst.data.images import read_image
+from maskfirst.formats import rle
+from maskfirst.formats.instances import Instances
+from maskfirst.frames import Size
+from maskfirst.types import VOID, Sample, Vocabulary
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on disk, by its key."""
+
+    key: str
+    path: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """The segments of a picture as `Sample` has them: in layers of numbers, as those of one layer cannot overlap."""
+
+    ids: Int32[Tensor, "L H W"]
+    classes: Int64[Tensor, " N"]
+    crowd: Bool[Tensor, " N"]
+
+    @classmethod
+    def of(cls, found: Instances) -> "Layers":
+        """Each instance in the first layer that has room for it, so that few are needed; one mask is open at a time."""
+        layers: list[Int32[np.ndarray, "H W"]] = []
+        for number, (mask, box) in enumerate(zip(found.rles, rle.boxes(found.rles).int().tolist(), strict=True)):
+            left, top, width, height = box
+            window = (slice(top, top + height), slice(left, left + width))
+            inside = rle.decode([mask])[0].numpy()[window]
+            layer = next((layer for layer in layers if (layer[window][inside] == VOID).all()), None)
+            if layer is None:
+                layer = np.full(found.size, VOID, np.int32)
+                layers.append(layer)
+            layer[window][inside] = number
+        ids = np.stack(layers) if layers else np.full((1, *found.size), VOID, np.int32)
+        return cls(torch.from_numpy(ids), found.classes, found.crowd)
+
+
+class Annotated(Dataset):
+    """Pictures with segments from files of annotations. Abstract but for the reading of pictures.
+
+    `warnings` counts, as samples are read, what is odd in them but can mean one thing only.
+    """
+
+    warnings: Counter[str]
+
+    def __init__(self, vocabulary: Vocabulary, pictures: Sequence[Picture], place: Path) -> None:
+        """`place`: the file or folder that messages name. Raises DataError where there are no pictures."""
+        if not pictures:
+            raise DataError(f"{place}: no pictures here; the split is empty")
+        self.vocabulary = vocabulary
+        self.pictures = tuple(pictures)
+
+    @abstractmethod
+    def segments(self, index: int, size: Size) -> Layers:
+        """The segments of picture `index`, which is of `size` px. Raises FormatError or DataError."""
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def keys(self) -> Sequence[str]:
+        return [picture.key for picture in self.pictures]
+
+    def __getitem__(self, index: int) -> Sample:
+        picture = self.pictures[index]
+        image = read_image(picture.path)
+        found = self.segments(index, (image.shape[-2], image.shape[-1]))
+        return Sample(image, found.ids, found.classes, found.crowd, picture.key)
+
+
+def check_size(picture: Path, size: Size, told: Size, place: Path) -> None:
+    """Raises DataError where `place` tells another size than its picture has."""
+    if size != told:
+        turned = "; was it annotated before its EXIF rotation?" if size == told[::-1] else ""
+        raise DataError(
+            f"{place}: says that {picture.name} has {told[1]} x {told[0]} px, but it has {size[1]} x {size[0]} px{turned}"
+        )
