@@ -17,7 +17,7 @@ FLOORS = (
     {"frames"},
     {"types"},
     {"contracts"},
-    {"tasks", "criteria", "metrics", "draw", "backbones", "proposers", "namers", "data"},
+    {"rows", "tasks", "finite", "criteria", "metrics", "draw", "ops", "backbones", "proposers", "namers", "data", "formats"},
     {"optim", "training", "ranks", "loggers", "stream", "memory"},
     {"segmenter"},
     {"recipe", "build", "weights"},

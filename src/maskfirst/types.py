@@ -7,6 +7,7 @@ Classes are indices 0..K-1 into a Vocabulary; VOID marks a pixel without a class
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
 from torch import Tensor
@@ -71,6 +72,16 @@ class Segments:
     def __getitem__(self, keep: Tensor | slice) -> "Segments":
         return Segments(self.masks[keep], self.classes[keep], self.scores[keep], self.crowd[keep])
 
+    @property
+    def boxes(self) -> Float[Tensor, "N 4"]:
+        """(x0, y0, x1, y1) px of each mask, x1 and y1 being the first beyond it; 0 for an empty mask."""
+        spans = []
+        for inside in (self.masks.any(1), self.masks.any(2)):
+            first, behind = (side.byte().argmax(1) for side in (inside, inside.flip(1)))
+            spans.append((first, (inside.shape[1] - behind) * inside.any(1)))
+        (x0, x1), (y0, y1) = spans
+        return torch.stack([x0, y0, x1, y1], 1).float()
+
     def to(self, device: torch.device | str) -> "Segments":
         return Segments(*(t.to(device) for t in (self.masks, self.classes, self.scores, self.crowd)))
 
@@ -103,6 +114,31 @@ class SegmentMap:
         return len(self.classes)
 
     @property
+    def areas(self) -> Int64[Tensor, " N"]:
+        """px of each segment. By numpy, as writers ask for it in threads."""
+        return torch.from_numpy(np.bincount(self.ids.cpu().numpy().ravel() + 1, minlength=len(self) + 1)[1:])
+
+    @property
+    def boxes(self) -> Int64[Tensor, "N 4"]:
+        """(x0, y0, x1, y1) px as `Segments.boxes`. By numpy, as writers ask for it in threads."""
+        ids = self.ids.cpu().numpy()
+        height, width = ids.shape
+        # Run by run, as there are far fewer runs in rows than pixels.
+        rows, firsts = np.nonzero(np.diff(ids, axis=1, prepend=ids.min(initial=0) - 1))
+        behind = np.roll(firsts, -1)
+        behind[behind == 0] = width
+        owners = ids[rows, firsts]
+        inside = owners != VOID
+        owners, rows, firsts, behind = owners[inside], rows[inside], firsts[inside], behind[inside]
+        boxes = np.tile(np.array([width, height, 0, 0], np.int64), (len(self), 1))
+        np.minimum.at(boxes[:, 0], owners, firsts)
+        np.minimum.at(boxes[:, 1], owners, rows)
+        np.maximum.at(boxes[:, 2], owners, behind)
+        np.maximum.at(boxes[:, 3], owners, rows + 1)
+        boxes[boxes[:, 2] == 0] = 0
+        return torch.from_numpy(boxes)
+
+    @property
     def segments(self) -> Segments:
         """Opened into masks."""
         numbers = torch.arange(len(self.classes), dtype=torch.int32, device=self.ids.device)
@@ -126,10 +162,14 @@ class Sample:
     @property
     def truth(self) -> Segments:
         """The segments opened into masks; those without a pixel left are dropped."""
-        segments = torch.arange(len(self.classes), dtype=torch.int32, device=self.ids.device)
-        masks = (self.ids[None] == segments[:, None, None, None]).any(1)
-        opened = Segments(masks, self.classes, torch.ones_like(self.classes, dtype=torch.float), self.crowd)
-        return opened[masks.flatten(1).any(1)]
+        # Those that are left are found first, so that a crop of a crowded picture never opens all of its masks.
+        pixels = torch.bincount((self.ids + 1).flatten(), minlength=len(self.classes) + 1)[1:]
+        left = pixels.nonzero()[:, 0]
+        masks = torch.zeros(len(left), *self.ids.shape[-2:], dtype=torch.bool, device=self.ids.device)
+        for layer in self.ids:
+            masks |= layer == left[:, None, None].to(layer.dtype)
+        classes = self.classes[left]
+        return Segments(masks, classes, torch.ones_like(classes, dtype=torch.float), self.crowd[left])
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,163 @@
+"""What COCO's two formats share: JSON files of pictures and categories."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from maskfirst.data.vocabulary import contrasting
+from maskfirst.files import write_aside
+from maskfirst.formats import FormatError
+from maskfirst.formats.rle import check_size
+from maskfirst.types import Vocabulary
+
+Key = int | str
+"""What a file calls a picture; most call it by a number."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture as a file lists it; `height` and `width` in px."""
+
+    file_name: str
+    height: int
+    width: int
+
+
+def load(path: Path | str, compact: Callable[[dict[str, Any]], Any]) -> Any:
+    """A JSON file; every object in it is handed to `compact` as soon as it is read. Raises FormatError."""
+    try:
+        # One expression, so that the text is gone before the content is used.
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=compact)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise FormatError(f"{path}: not JSON of this format: nested without end") from error
+    except ValueError as error:
+        raise FormatError(f"{path}: not JSON: {error}") from error
+
+
+def rows(content: Any, name: str, path: Path | str) -> list[Any]:
+    """The list under `name` in the file's outermost object."""
+    found = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise FormatError(f"{path}: no list of `{name}`; it should be a JSON object that has one")
+    return found
+
+
+def images(content: Any, path: Path | str) -> dict[Key, Image]:
+    """The pictures that a file lists, by their id."""
+    found: dict[Key, Image] = {}
+    for index, row in enumerate(rows(content, "images", path)):
+        place = f"{path}: images[{index}]"
+        key, name = (row.get("id"), row.get("file_name")) if isinstance(row, dict) else (None, None)
+        if type(key) not in (int, str) or not isinstance(name, str) or not name:
+            raise FormatError(f"{place}: should have an `id` and a `file_name`, got {key!r} and {name!r}")
+        if key in found:
+            raise FormatError(f"{place}: id {key!r} is that of {found[key].file_name} already")
+        found[key] = Image(name, *check_size(row.get("height"), row.get("width"), f"{place} ({name})"))
+    return found
+
+
+def categories(content: Any, path: Path | str, vocabulary: Vocabulary | None) -> tuple[Vocabulary, dict[int, int]]:
+    """The vocabulary, and the class of each number that the file uses for one.
+
+    Without `vocabulary` it is the file's, in the file's order, in which all is a thing that does not say `isthing: 0`. With
+    it, its `ids` are the file's numbers, unless the file has one of its names under another number: then names count.
+    """
+    own = None
+    if isinstance(content, dict) and "categories" in content:
+        own = _vocabulary(rows(content, "categories", path), path)
+    vocabulary = vocabulary or own
+    if vocabulary is None:
+        raise FormatError(f"{path}: has no `categories`; say which vocabulary its numbers are of")
+    numbered = {number: index for index, number in enumerate(vocabulary.ids)}
+    if own is None:
+        return vocabulary, numbered
+    places = {name: index for index, name in enumerate(vocabulary.names)}
+    named = {number: places[name] for number, name in zip(own.ids, own.names, strict=True) if name in places}
+    contradicted = any(numbered.get(number) != index for number, index in named.items())
+    return vocabulary, named if contradicted else numbered
+
+
+def matched(truth: Mapping[Key, Image], given: Mapping[Key, Image]) -> dict[Key, Key]:
+    """Which picture of `given` is which of `truth`: by their file names, without folders and endings, or else by their ids.
+
+    Ids count where no name of one is among those of the other, or where names are not unique.
+    """
+    theirs = {PurePosixPath(image.file_name).stem: key for key, image in given.items()}
+    ours = {PurePosixPath(image.file_name).stem: key for key, image in truth.items()}
+    both = ours.keys() & theirs.keys()
+    if both and len(theirs) == len(given) and len(ours) == len(truth):
+        return {key: theirs[name] for name, key in ours.items() if name in both}
+    return {key: key for key in truth if key in given}
+
+
+def class_of(number: Any, index: Mapping[int, int], place: str) -> int:
+    """The class of a file's number. Raises FormatError that begins with `place`."""
+    if type(number) is not int or number not in index:
+        raise FormatError(f"{place}: category_id {number!r} is not among the categories ({_some(index)})")
+    return index[number]
+
+
+def as_categories(vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """The vocabulary as a file's `categories`."""
+    return [
+        {
+            "id": number,
+            "name": name,
+            "supercategory": "thing" if index in vocabulary.things else "stuff",
+            "isthing": int(index in vocabulary.things),
+            "color": list(color),
+        }
+        for index, (number, name, color) in enumerate(
+            zip(vocabulary.ids, vocabulary.names, vocabulary.colors, strict=True)
+        )
+    ]
+
+
+def write(path: Path | str, content: Mapping[str, list[Any]]) -> None:
+    """A JSON file, one picture, annotation or category a line. Raises DiskError."""
+    with write_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        for number, (name, entries) in enumerate(content.items()):
+            file.write(f"{',' if number else '{'}\n{json.dumps(name)}: [")
+            for place, entry in enumerate(entries):
+                file.write((",\n" if place else "\n") + json.dumps(entry, ensure_ascii=False))
+            file.write("\n]")
+        file.write("\n}\n")
+
+
+def shortest(score: float) -> float:
+    """A float32 as the shortest number that reads back as the same."""
+    return float(str(np.float32(score)))
+
+
+def _vocabulary(told: list[Any], path: Path | str) -> Vocabulary:
+    names, things, colors, ids = [], set(), [], []
+    spare = contrasting(len(told))
+    for index, row in enumerate(told):
+        place = f"{path}: categories[{index}]"
+        number, name = (row.get("id"), row.get("name")) if isinstance(row, dict) else (None, None)
+        if type(number) is not int or not isinstance(name, str) or not name:
+            raise FormatError(f"{place}: should have a number as `id` and a `name`, got {number!r} and {name!r}")
+        if number in ids:
+            raise FormatError(f"{place} ({name}): id {number} is that of {names[ids.index(number)]} already")
+        if row.get("isthing", 1):
+            things.add(index)
+        color = row.get("color")
+        fine = isinstance(color, list) and len(color) == 3 and all(type(c) is int and 0 <= c < 256 for c in color)
+        names.append(name)
+        ids.append(number)
+        colors.append(tuple(color) if fine else spare[index])
+    try:
+        return Vocabulary(tuple(names), frozenset(things), tuple(colors), tuple(ids))
+    except ValueError as error:
+        raise FormatError(f"{path}: categories: {error}") from error
+
+
+def _some(index: Mapping[int, int]) -> str:
+    first = sorted(index)[:5]
+    return ", ".join(map(str, first)) + (", ..." if len(index) > len(first) else "")

@@ -1,0 +1,247 @@
+"""COCO's instance files: one JSON of pictures, categories and annotations, or a bare list of results.
+
+Lin et al., "Microsoft COCO: Common Objects in Context", 2014; https://cocodataset.org/#format-data
+"""
+
+import contextlib
+import math
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from maskfirst.formats import FormatError, rle
+from maskfirst.formats.coco import (
+    Image,
+    Key,
+    as_categories,
+    categories,
+    class_of,
+    images,
+    load,
+    matched,
+    rows,
+    shortest,
+    write,
+)
+from maskfirst.formats.instances import Instances
+from maskfirst.types import Segments, Vocabulary
+
+
+class CocoInstances:
+    """A file of truth, or of predictions in the same form: read once, its masks opened picture by picture.
+
+    `vocabulary`: the names, by default the file's own. `images`: its pictures, with and without annotations.
+    `warnings` counts, as pictures are read, what is odd but can mean one thing only.
+    """
+
+    def __init__(self, path: Path | str, vocabulary: Vocabulary | None = None) -> None:
+        """With `vocabulary`, classes are its indices, found as `coco.categories` says. Raises FormatError."""
+        content = load(path, _compact)
+        self.path = Path(path)
+        self.vocabulary, self.index = categories(content, path, vocabulary)
+        self.images = images(content, path)
+        self.warnings: Counter[str] = Counter()
+        self._annotations = _Annotations(self.path, self.index, self.images, self.warnings)
+        for position, row in enumerate(rows(content, "annotations", path)):
+            self._annotations.add(row, f"annotations[{position}]")
+
+    def read(self, key: Key) -> Instances:
+        """The instances of a picture, in the file's order; scores are 1 where it has none. Raises FormatError, KeyError."""
+        return self._annotations.read(key)
+
+
+class Results(Mapping[Key, Instances]):
+    """Predictions for every picture of a truth; none for those that the file does not speak of."""
+
+    def __init__(self, path: Path | str, truth: CocoInstances) -> None:
+        content = load(path, _compact)
+        self.path = Path(path)
+        self.warnings: Counter[str] = Counter()
+        listed = isinstance(content, list)
+        pictures = truth.images if listed else images(content, path)
+        index = truth.index if listed else categories(content, path, truth.vocabulary)[1]
+        self._theirs = matched(truth.images, pictures)
+        self._truth = truth
+        self._annotations = _Annotations(self.path, index, pictures, self.warnings)
+        for position, row in enumerate(content if listed else rows(content, "annotations", path)):
+            place = f"[{position}]" if listed else f"annotations[{position}]"
+            self._annotations.add(row, place)
+            if row.score is None:
+                raise FormatError(f"{path}: {place}: no score; predictions need one each")
+
+    def __getitem__(self, key: Key) -> Instances:
+        theirs = self._theirs.get(key)
+        height, width = self._truth.images[key].height, self._truth.images[key].width
+        if theirs is None:
+            nothing = torch.zeros(0, dtype=torch.float64)
+            return Instances([], nothing.long(), nothing, nothing.bool(), (height, width))
+        found = self._annotations.read(theirs)
+        if found.size != (height, width):
+            raise FormatError(
+                f"{self.path}: picture {theirs!r} has {list(found.size)} px (height, width), the truth {[height, width]}"
+            )
+        return found
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._truth.images)
+
+    def __len__(self) -> int:
+        return len(self._truth.images)
+
+
+def read_results(path: Path | str, truth: CocoInstances) -> Results:
+    """Scored predictions for the pictures of `truth`, with its classes: a list of results, or a file of the truth's form.
+
+    A list speaks of pictures and categories by the truth's numbers; a file that lists its own is matched by names, see
+    `coco.matched` and `coco.categories`. Masks are opened picture by picture. Raises FormatError.
+    """
+    return Results(path, truth)
+
+
+class InstancesWriter:
+    """Writes one file of the instances of many pictures, with scores, boxes and areas; may be called from many threads.
+
+    The file is there, whole, after `close`, and not before. Pictures lie in the order of their keys.
+    """
+
+    def __init__(self, path: Path | str, vocabulary: Vocabulary) -> None:
+        self.path = Path(path)
+        self.vocabulary = vocabulary
+        self._pictures: dict[Key, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, key: Key, file_name: str, found: Segments | Instances) -> None:
+        """The instances of the picture that the file is to call `key`."""
+        found = Instances.of(found) if isinstance(found, Segments) else found
+        picture = {"id": key, "file_name": file_name, "height": found.size[0], "width": found.size[1]}
+        annotations = [record | {"image_id": key} for record in records(found, self.vocabulary)]
+        with self._lock:
+            if key in self._pictures:
+                raise ValueError(f"picture {key!r} is added twice")
+            self._pictures[key] = (picture, annotations)
+
+    def close(self) -> None:
+        """Raises DiskError."""
+        ordered = [self._pictures[key] for key in sorted(self._pictures, key=lambda key: (isinstance(key, str), key))]
+        annotations = [annotation for _, each in ordered for annotation in each]
+        write(
+            self.path,
+            {
+                "images": [picture for picture, _ in ordered],
+                "annotations": [{"id": number} | each for number, each in enumerate(annotations, 1)],
+                "categories": as_categories(self.vocabulary),
+            },
+        )
+
+
+def records(found: Instances, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """What a file says of each instance, but for its picture."""
+    values = zip(
+        found.rles,
+        found.classes.tolist(),
+        found.scores.tolist(),
+        found.crowd.tolist(),
+        found.areas.tolist(),
+        rle.boxes(found.rles).tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "category_id": vocabulary.ids[index],
+            "segmentation": mask,
+            "area": area,
+            "bbox": box,
+            "iscrowd": int(crowd),
+            "score": score if found.scores.dtype == torch.float64 else shortest(score),
+        }
+        for mask, index, score, crowd, area, box in values
+    ]
+
+
+class _Row(NamedTuple):
+    """What is kept of an annotation."""
+
+    picture: Any
+    category: Any
+    mask: Any
+    area: Any
+    crowd: Any
+    score: Any
+
+
+def _compact(found: dict[str, Any]) -> Any:
+    """Annotations without what is not used, their polygons a quarter as large as lists of numbers are."""
+    if "image_id" not in found or "category_id" not in found:
+        return found
+    mask = found.get("segmentation")
+    if isinstance(mask, list):
+        # What is wrong with one that this does not take is told when the picture is read.
+        with contextlib.suppress(TypeError, OverflowError):
+            mask = [array("d", polygon) for polygon in mask]
+    return _Row(
+        found["image_id"],
+        found["category_id"],
+        mask,
+        found.get("area"),
+        found.get("iscrowd", 0),
+        found.get("score"),
+    )
+
+
+class _Annotations:
+    """The annotations of a file by picture, masks as the file has them until they are read."""
+
+    def __init__(
+        self, path: Path, index: Mapping[int, int], pictures: Mapping[Key, Image], warnings: Counter[str]
+    ) -> None:
+        self.path, self.index, self.pictures, self.warnings = path, index, pictures, warnings
+        self.rows: dict[Key, list[tuple[str, int, _Row]]] = {key: [] for key in pictures}
+
+    def add(self, row: Any, place: str) -> None:
+        where = f"{self.path}: {place}"
+        if not isinstance(row, _Row):
+            raise FormatError(f"{where}: should be an object with an `image_id` and a `category_id`")
+        if type(row.picture) not in (int, str) or row.picture not in self.rows:
+            raise FormatError(f"{where}: image_id {row.picture!r} is none of the {len(self.rows)} pictures")
+        if row.crowd not in (0, 1):
+            raise FormatError(f"{where}: iscrowd should be 0 or 1, got {row.crowd!r}")
+        for name, number in (("area", row.area), ("score", row.score)):
+            if number is not None and (type(number) not in (int, float) or not math.isfinite(number)):
+                raise FormatError(f"{where}: {name} should be a number, got {number!r}")
+        self.rows[row.picture].append((place, class_of(row.category, self.index, where), row))
+
+    def read(self, key: Key) -> Instances:
+        picture = self.pictures[key]
+        size = (picture.height, picture.width)
+        found = self.rows[key]
+        masks = rle.read([row.mask for _, _, row in found], size, lambda i: f"{self.path}: {found[i][0]}")
+        for _, _, row in found:
+            if isinstance(row.mask, list) and any(_leaves(polygon, size) for polygon in row.mask):
+                self.warnings["polygons that reach outside of their picture, cut off there"] += 1
+        covered = rle.area(masks).tolist()
+        if 0 in covered:
+            self.warnings["annotations without a pixel"] += covered.count(0)
+        areas = [
+            area if row.area is None else float(row.area) for area, (_, _, row) in zip(covered, found, strict=True)
+        ]
+        return Instances(
+            masks,
+            torch.tensor([index for _, index, _ in found], dtype=torch.int64),
+            # 64 bits, as the order of almost equal scores decides over precision.
+            torch.tensor([1.0 if row.score is None else row.score for _, _, row in found], dtype=torch.float64),
+            torch.tensor([bool(row.crowd) for _, _, row in found], dtype=torch.bool),
+            size,
+            torch.tensor(areas, dtype=torch.float64),
+        )
+
+
+def _leaves(polygon: Any, size: tuple[int, int]) -> bool:
+    """Whether it reaches more than one px beyond the picture; less is rounding."""
+    points = np.asarray(polygon).reshape(-1, 2)
+    return bool((points < -1).any() or (points[:, 0] > size[1] + 1).any() or (points[:, 1] > size[0] + 1).any())
