@@ -29,12 +29,16 @@ MENUS: dict[type, dict[str, str]] = {
         "taps": "maskfirst.backbones.vit:Taps",
         "shrunk_taps": "maskfirst.backbones.vit:ShrunkTaps",
         "stem_vit": "maskfirst.backbones.stem_vit:StemViT",
+        "pyramid": "maskfirst.backbones.pyramid:Pyramid",
+        "simple_pyramid": "maskfirst.backbones.simple_pyramid:SimplePyramid",
     },
     Proposer: {
         "atm": "maskfirst.proposers.atm:ATM",
         "atm_single": "maskfirst.proposers.atm:SingleATM",
         "atm_shrunk": "maskfirst.proposers.atm:ShrunkATM",
         "dense": "maskfirst.proposers.dense:Dense",
+        "eomt": "maskfirst.proposers.eomt:EoMT",
+        "mask2former": "maskfirst.proposers.mask2former:Mask2Former",
         "oracle": "maskfirst.proposers.oracle:OracleProposer",
     },
     Namer: {

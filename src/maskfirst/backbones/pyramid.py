@@ -1,0 +1,129 @@
+"""Pyramid: maps of strides 4, 8, 16 and 32 px of one of timm's hierarchical networks, Swin, ConvNeXt, ResNet and others.
+
+Liu et al., "Swin Transformer", 2021; Liu et al., "A ConvNet for the 2020s", 2022; He et al., "Deep Residual Learning", 2016.
+"""
+
+from math import isqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskfirst.backbones.vit import IMAGENET_MEAN, IMAGENET_STD, load_timm
+from maskfirst.contracts import Backbone, Resizable
+from maskfirst.errors import UserError, nearest
+
+STRIDES = (4, 8, 16, 32)
+
+
+class Pyramid(Backbone, Resizable):
+    """The last map of each stride of timm's `model`, which may have any size of picture.
+
+    `widths`, `depths`, `heads`: one a stage, and `window`, tokens, where the model has such (Swin: all, its widths doubling;
+    ConvNeXt: widths and depths); None: the model's. `norms`: a LayerNorm of its own on each map, eps `norm_eps`, as dense
+    prediction gives Swin and ConvNeXt. `freeze_norms`: batch norms keep their statistics and scales, as in small batches.
+    `pretrained` downloads timm's weights; a tag such as `.ms_in22k` chooses among them.
+    """
+
+    def __init__(
+        self,
+        model: str = "swin_tiny_patch4_window7_224",
+        widths: tuple[int, ...] | None = None,
+        depths: tuple[int, ...] | None = None,
+        heads: tuple[int, ...] | None = None,
+        window: int | None = None,
+        drop_path: float = 0.0,
+        norms: bool = True,
+        norm_eps: float = 1e-5,
+        freeze_norms: bool = False,
+        pretrained: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        timm = load_timm()
+        known = [*timm.list_models(), *timm.list_pretrained()]
+        if model not in known:
+            raise ValueError(f"timm has no model '{model}'.{nearest(model, known)}")
+        settings: dict[str, Any] = {"depths": depths, "num_heads": heads, "window_size": window}
+        if model.startswith("swin_"):
+            settings |= {"embed_dim": widths and widths[0], "strict_img_size": False, "always_partition": True}
+        else:
+            settings |= {"dims": widths}
+        chosen = {key: value for key, value in settings.items() if value is not None}
+        trunk = _create(timm, model, drop_path_rate=drop_path, **chosen)
+        if pretrained:
+            self._start_from(trunk, _create(timm, model, pretrained=True), model)
+        reductions = [info["reduction"] for info in trunk.feature_info]
+        self.taps = [index for index, stride in enumerate(reductions) if stride in STRIDES]
+        if tuple(reductions[index] for index in self.taps) != STRIDES:
+            raise ValueError(f"{model} has maps of strides {reductions}, and a pyramid needs {list(STRIDES)}")
+        self.channels = tuple(trunk.feature_info[index]["num_chs"] for index in self.taps)
+        if widths is not None and widths != self.channels:
+            raise ValueError(f"widths {list(widths)} are not what {model} makes of them, {list(self.channels)}")
+        trunk.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
+        self.trunk = timm.layers.freeze_batch_norm_2d(trunk) if freeze_norms else trunk
+        self.norms = nn.ModuleList(nn.LayerNorm(width, norm_eps) for width in self.channels) if norms else None
+        self.strides = STRIDES
+        self.mean = mean
+        self.multiple = STRIDES[-1]
+        self.shift: Tensor
+        self.scale: Tensor
+        self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _c _h _w"]]:
+        height, width = pixels.shape[-2:]
+        pixels = F.pad((pixels - self.shift) / self.scale, (0, -width % self.multiple, 0, -height % self.multiple))
+        maps = self.trunk.forward_intermediates(pixels, indices=self.taps, norm=False, intermediates_only=True)
+        if self.norms is None:
+            return maps
+        return [
+            norm(tapped.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for norm, tapped in zip(self.norms, maps, strict=True)
+        ]
+
+    def _start_from(self, trunk: nn.Module, trained: nn.Module, model: str) -> None:
+        own = trunk.state_dict()
+        theirs = {name: _resized(name, tensor, own.get(name, tensor)) for name, tensor in trained.state_dict().items()}
+        found = {name: tensor for name, tensor in theirs.items() if tensor is not None}
+        if any(name not in found or found[name].shape != tensor.shape for name, tensor in own.items()):
+            raise ValueError(f"pretrained weights are for {model} as timm has it; leave out widths, depths and heads")
+        trunk.load_state_dict({name: found[name] for name in own})
+
+    def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Swin's tables of relative positions are resized to other windows, bicubically."""
+        own = self.state_dict().get(name)
+        return None if own is None else _resized(name, tensor, own)
+
+
+def _create(timm: Any, model: str, pretrained: bool = False, **settings: Any) -> Any:
+    try:
+        return timm.create_model(model, pretrained=pretrained, num_classes=0, **settings)
+    except TypeError as error:
+        raise ValueError(f"{model} cannot be made with {', '.join(settings)}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the pretrained weights of {model} could not be fetched ({reason}); give `weights:` instead"
+        ) from error
+
+
+def _resized(name: str, tensor: Tensor, own: Tensor) -> Tensor | None:
+    """A table (rows, heads) of a square window's relative positions for `own`'s window; other tensors as they are.
+
+    None where the number of heads or the kind of tensor does not allow it.
+    """
+    if tensor.shape == own.shape:
+        return tensor
+    if not name.endswith("relative_position_bias_table") or tensor.ndim != 2 or tensor.shape[1] != own.shape[1]:
+        return None
+    source, goal = isqrt(len(tensor)), isqrt(len(own))
+    if source * source != len(tensor):
+        return None
+    maps = tensor.float().T.unflatten(1, (source, source))[None]
+    resized = F.interpolate(maps, size=(goal, goal), mode="bicubic", align_corners=False)
+    return resized[0].flatten(1).T.to(tensor.dtype)

@@ -1,0 +1,1 @@
+"""Operators that torch does not have, in torch."""

@@ -1,0 +1,108 @@
+"""Multi-scale deformable attention: every query reads some points of several maps, bilinearly, and sums them by weight.
+
+Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", 2021.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskfirst.frames import Size
+
+
+def deformable_attention(
+    value: Float[Tensor, "B N M D"],
+    sizes: Sequence[Size],
+    places: Float[Tensor, "B Q M L P 2"],
+    weights: Float[Tensor, "B Q M L P"],
+) -> Float[Tensor, "B Q _W"]:
+    """What each query sees: for each of M heads the weighted sum of its L times P samples, the heads side by side.
+
+    `value`: the L maps of `sizes` (h, w), row by row, one after another. `places`: (x, y) px on each map, 0 at the centre of
+    its first token; maps are zero outside. `weights` need not sum to 1. Differentiable in all three.
+
+    Each output is one bag of weighted rows of a table, which torch reads, scales and sums in one go: on a CPU 20 times as
+    fast as sampling map by map, and without a sample in memory.
+    """
+    rows, shares = _neighbours(sizes, places, weights)
+    table = _table(value, sizes)
+    bags = F.embedding_bag(rows.flatten(0, 2), table, mode="sum", per_sample_weights=shares.flatten(0, 2))
+    return bags.view(*rows.shape[:2], -1)
+
+
+def deformable_attention_by_gather(
+    value: Float[Tensor, "B N M D"],
+    sizes: Sequence[Size],
+    places: Float[Tensor, "B Q M L P 2"],
+    weights: Float[Tensor, "B Q M L P"],
+) -> Float[Tensor, "B Q _W"]:
+    """The same numbers by operators that every exporter knows. It has all samples in memory at once."""
+    rows, shares = _neighbours(sizes, places, weights)
+    samples = F.embedding(rows, _table(value, sizes))
+    return (samples * shares[..., None]).sum(3).flatten(2)
+
+
+def to_places(locations: Float[Tensor, "*N L P 2"], sizes: Sequence[Size]) -> Float[Tensor, "*N L P 2"]:
+    """Locations (x, y), 0..1 over each whole map, as places: px from the centre of its first token."""
+    return locations * locations.new_tensor([(width, height) for height, width in sizes])[:, None] - 0.5
+
+
+class _Neighbours(NamedTuple):
+    """The four tokens around every sample, S = 4 L P: their rows of the table, and their shares of the query's answer."""
+
+    rows: Int32[Tensor, "B Q M S"]
+    shares: Float[Tensor, "B Q M S"]
+
+
+def _strides(sizes: Sequence[Size]) -> list[int]:
+    """Rows of the table from a map's row to the next: its tokens and a zero, which is also left of the next row."""
+    return [width + 1 for _, width in sizes]
+
+
+def _lengths(sizes: Sequence[Size]) -> list[int]:
+    """Rows of the table for each map: it lies between a row of zeros above and two below."""
+    return [(height + 3) * stride for (height, _), stride in zip(sizes, _strides(sizes), strict=True)]
+
+
+def _table(value: Tensor, sizes: Sequence[Size]) -> Float[Tensor, "T D"]:
+    """The tokens of all pictures and heads, every map in a frame of zeros, so that no neighbour needs to be asked for."""
+    maps = value.flatten(2).split([height * width for height, width in sizes], 1)
+    framed = [F.pad(tokens.unflatten(1, size), (0, 0, 0, 1, 1, 2)) for tokens, size in zip(maps, sizes, strict=True)]
+    zero = value.new_zeros(len(value), 1, framed[0].shape[-1])
+    return torch.cat([zero, *(tokens.flatten(1, 2) for tokens in framed), zero], 1).view(-1, value.shape[-1])
+
+
+def _neighbours(sizes: Sequence[Size], places: Tensor, weights: Tensor) -> _Neighbours:
+    batch, _, heads, levels, points, _ = places.shape
+
+    # Constants of maps are spread over heads and points, so that all that follows runs along long rows.
+    def each(values: Sequence[int]) -> Tensor:
+        return places.new_tensor(values)[:, None].expand(heads, levels, points).flatten()
+
+    # From -1 and from the size on, a sample lies between zeros.
+    outside = torch.full((heads * levels * points,), -1.0, dtype=places.dtype, device=places.device)
+    x = places[..., 0].flatten(2).clamp(outside, each([width for _, width in sizes]))
+    y = places[..., 1].flatten(2).clamp(outside, each([height for height, _ in sizes]))
+    left, top = x.detach().floor(), y.detach().floor()
+    x, y = x - left, y - top
+    lengths, strides = _lengths(sizes), _strides(sizes)
+    starts = [1 + sum(lengths[:level]) + strides[level] for level in range(levels)]
+    table = torch.tensor(starts, dtype=torch.int32, device=places.device)[:, None]
+    table = (
+        table + (sum(lengths) + 2) * torch.arange(batch, dtype=torch.int32, device=places.device)[:, None, None, None]
+    )
+    table = table * heads + torch.arange(heads, dtype=torch.int32, device=places.device)[:, None, None]
+    first = torch.addcmul(left, top, each(strides)).int()
+    first = torch.add(table.expand(-1, -1, -1, points).reshape(batch, 1, -1), first, alpha=heads)
+    corners = [[0, 1, stride, stride + 1] for stride in strides for _ in range(points)]
+    steps = heads * torch.tensor(corners, dtype=torch.int32, device=places.device).T
+    rows = first.unflatten(2, (heads, 1, levels * points)) + steps
+    lower = weights.flatten(2) * y
+    upper = weights.flatten(2) - lower
+    lower_right, upper_right = lower * x, upper * x
+    shares = (upper - upper_right, upper_right, lower - lower_right, lower_right)
+    return _Neighbours(rows.flatten(3), torch.cat([share.unflatten(2, (heads, -1)) for share in shares], 3))

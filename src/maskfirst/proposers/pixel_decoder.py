@@ -1,0 +1,166 @@
+"""The pixel decoder of Mask2Former: deformable attention among the coarse maps of a pyramid, and one fine map for masks.
+
+Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation" (Mask2Former), CVPR 2022.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from maskfirst.frames import Size, resize
+from maskfirst.ops.deformable_attention import deformable_attention
+from maskfirst.ops.sine_positions import sine_positions
+
+GROUPS = 32
+"""Of every group norm."""
+
+
+class DeformableAttention(nn.Module):
+    """Each token looks at `points` places of each of its `levels` maps for each head, around where it lies itself."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by {heads} heads")
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(width, heads * levels * points * 2)
+        self.weights = nn.Linear(width, heads * levels * points)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        for linear in (self.offsets, self.weights, self.value, self.output):
+            nn.init.zeros_(linear.bias)
+        for linear in (self.value, self.output):
+            nn.init.xavier_uniform_(linear.weight)
+        for linear in (self.offsets, self.weights):
+            nn.init.zeros_(linear.weight)
+        # At first, head m looks in its own of M directions round the square, point p at p + 1 px.
+        angles = torch.arange(heads) * (2 * math.pi / heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, points + 1)[:, None]
+        with torch.no_grad():
+            self.offsets.bias.copy_((directions[:, None, None] * steps).expand(-1, levels, -1, -1).flatten())
+
+    def forward(
+        self,
+        queries: Float[Tensor, "B N D"],
+        tokens: Float[Tensor, "B N D"],
+        sizes: Sequence[Size],
+        places: Float[Tensor, "N L 2"],
+    ) -> Float[Tensor, "B N D"]:
+        """`places`: (x, y) px of each token on each map, see ops.deformable_attention."""
+        value = self.value(tokens).unflatten(-1, (self.heads, -1))
+        offsets = self.offsets(queries).unflatten(-1, (self.heads, self.levels, self.points, 2))
+        scores = self.weights(queries).unflatten(-1, (self.heads, -1))
+        # torch's softmax of so short rows takes five times as long.
+        shares = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+        shares = shares / shares.sum(-1, keepdim=True)
+        # As many rows as places, so that the sum does not fall into pieces of two numbers.
+        around = places[:, None, :, None].expand(-1, self.heads, -1, self.points, -1).contiguous()
+        shares = shares.unflatten(-1, (self.levels, self.points))
+        return self.output(deformable_attention(value, sizes, around + offsets, shares))
+
+
+class EncoderLayer(nn.Module):
+    """A post-norm transformer layer whose attention is deformable; ReLU; LayerNorm eps 1e-5."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int, feedforward: int) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(width, heads, levels, points)
+        self.norm1 = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, feedforward)
+        self.contract = nn.Linear(feedforward, width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        positions: Float[Tensor, "1 N D"],
+        sizes: Sequence[Size],
+        places: Float[Tensor, "N L 2"],
+    ) -> Float[Tensor, "B N D"]:
+        tokens = self.norm1(tokens + self.attention(tokens + positions, tokens, sizes, places))
+        return self.norm2(tokens + self.contract(self.expand(tokens).relu()))
+
+
+def _places(sizes: Sequence[Size], like: Tensor) -> Float[Tensor, "N L 2"]:
+    """Where the centre of each token of all maps lies on each map: (x, y) px from that map's first centre."""
+    unit = []
+    for height, width in sizes:
+        y, x = ((torch.arange(side, dtype=like.dtype, device=like.device) + 0.5) / side for side in (height, width))
+        unit.append(torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1))
+    scales = like.new_tensor([(width, height) for height, width in sizes])
+    return torch.cat(unit)[:, None] * scales - 0.5
+
+
+class PixelDecoder(nn.Module):
+    """Encodes the three coarse of four maps together, and merges them with the finest into a map for masks.
+
+    `channels`: of the four maps, fine to coarse. `width`: of the encoded maps; `mask_width`: of the map for masks. It computes
+    in single precision, whatever the autocast.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        width: int = 256,
+        mask_width: int = 256,
+        heads: int = 8,
+        layers: int = 6,
+        feedforward: int = 1024,
+        points: int = 4,
+    ) -> None:
+        super().__init__()
+        finest, *coarse = channels
+        groups = math.gcd(GROUPS, width)
+        self.entrances = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, width, 1), nn.GroupNorm(groups, width)) for inputs in reversed(coarse)
+        )
+        self.level_embed = nn.Parameter(torch.randn(len(coarse), width))
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, len(coarse), points, feedforward) for _ in range(layers))
+        self.lateral = nn.Sequential(nn.Conv2d(finest, width, 1, bias=False), nn.GroupNorm(groups, width))
+        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width))
+        self.masks = nn.Conv2d(width, mask_width, 1)
+        for entrance in cast("Iterable[nn.Sequential]", self.entrances):
+            _initialise(entrance[0], nn.init.xavier_uniform_)
+        for layer in cast("Iterable[EncoderLayer]", self.layers):
+            nn.init.xavier_uniform_(layer.expand.weight)
+            nn.init.xavier_uniform_(layer.contract.weight)
+        for convolution in (self.lateral[0], self.smooth[0], self.masks):
+            _initialise(convolution, lambda weight: nn.init.kaiming_uniform_(weight, a=1))
+
+    def forward(
+        self, maps: Sequence[Float[Tensor, "B _c _h _w"]]
+    ) -> tuple[Float[Tensor, "B C h w"], list[Float[Tensor, "B D _h _w"]]]:
+        """The map for masks, and the encoded maps, coarse to fine. `maps`: fine to coarse."""
+        with torch.autocast(maps[0].device.type, enabled=False):
+            finest, *coarse = (tapped.float() for tapped in maps)
+            entered = [entrance(tapped) for entrance, tapped in zip(self.entrances, reversed(coarse), strict=True)]
+            sizes = [(each.shape[-2], each.shape[-1]) for each in entered]
+            tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in entered], 1)
+            places = _places(sizes, tokens)
+            positions = torch.cat(
+                [
+                    sine_positions(size, tokens.shape[-1], tokens.device) + level
+                    for size, level in zip(sizes, self.level_embed, strict=True)
+                ]
+            )[None]
+            for layer in self.layers:
+                tokens = layer(tokens, positions, sizes, places)
+            encoded = [
+                each.transpose(1, 2).unflatten(2, size)
+                for each, size in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True)
+            ]
+            fine = self.lateral(finest) + resize(encoded[-1], (finest.shape[-2], finest.shape[-1]))
+            return self.masks(self.smooth(fine).relu()), encoded
+
+
+def _initialise(convolution: nn.Module, weight: Callable[[Tensor], object]) -> None:
+    if isinstance(convolution, nn.Conv2d):
+        weight(convolution.weight)
+        if convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
