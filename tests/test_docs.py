@@ -27,6 +27,7 @@ from maskfirst.frames import Fit
 from maskfirst.optim import Group, Optimizer, Schedule
 from maskfirst.recipe import import_class
 from maskfirst.segmenter import Inference
+from maskfirst.tasks import Thresholds
 from maskfirst.training import Training
 from maskfirst.weights import locate
 
@@ -190,7 +191,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     for contract, menu in MENUS.items()
     for kind, path in menu.items()
 } | {
-    kind.__name__: kind for kind in (Inference, Fit, Training, Optimizer, Group, Schedule)
+    kind.__name__: kind for kind in (Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
 }  # fmt: skip
 GIVEN = ("vocabulary", "size", "width")
 

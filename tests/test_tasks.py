@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskfirst import tasks
+from maskfirst import rows, tasks
 from maskfirst.criteria import Fixed
 from maskfirst.errors import UserError
 from maskfirst.frames import Fit, Frame, resize
@@ -22,15 +22,15 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3)) * 3
 
 
-def by_strips(rows: tasks.Rows, strip: int) -> Tensor:
-    return torch.cat([rows.fetch(y, min(y + strip, rows.height)) for y in range(0, rows.height, strip)], 1)
+def by_strips(scores: rows.Rows, strip: int) -> Tensor:
+    return torch.cat([scores.fetch(y, min(y + strip, scores.height)) for y in range(0, scores.height, strip)], 1)
 
 
 @pytest.mark.parametrize("strip", [1, 7, 64])
 @pytest.mark.parametrize("size", [(33, 50), (90, 31), (20, 20)])
 def test_enlarging_by_strips_is_resizing(size: tuple[int, int], strip: int) -> None:
     maps = random(4, 20, 25)
-    torch.testing.assert_close(by_strips(tasks.enlarge(tasks.whole(maps), size), strip), resize(maps, size))
+    torch.testing.assert_close(by_strips(rows.enlarge(rows.whole(maps), size), strip), resize(maps, size))
 
 
 @pytest.mark.parametrize("resolution", [None, (40, 40)])
@@ -40,26 +40,26 @@ def test_read_out_is_the_sum_of_mask_times_name(resolution: tuple[int, int] | No
     masks = resize(proposals.masks, resolution or canvas).sigmoid()
     expected = resize(torch.einsum("bqk,bqhw->bkhw", names.joint, masks), canvas)
     for image in range(2):
-        rows = tasks.read_out(proposals, names, image, canvas)
-        torch.testing.assert_close(by_strips(rows, 11), expected[image])
+        scores = tasks.read_out(proposals, names, image, canvas)
+        torch.testing.assert_close(by_strips(scores, 11), expected[image])
 
 
 def test_naming_before_enlarging_differs_little_and_only_by_the_order() -> None:
     proposals, names = Proposals(random(1, 6, 8, 8)), Names(random(1, 6, 4))
-    rows = tasks.read_out(proposals, names, 0, (32, 32), "names_first")
+    scores = tasks.read_out(proposals, names, 0, (32, 32), "names_first")
     expected = resize(torch.einsum("qk,qhw->khw", names.joint[0], proposals.masks[0].sigmoid()), (32, 32))
-    torch.testing.assert_close(by_strips(rows, 5), expected)
+    torch.testing.assert_close(by_strips(scores, 5), expected)
 
 
 def test_competing_masks_that_arrive_named_are_the_scores() -> None:
     masks = random(1, 3, 4, 4)
     names = one_name_each(masks)
     torch.testing.assert_close(names.joint, torch.eye(3)[None])
-    rows = tasks.read_out(Proposals(masks, competing=True, names=names), names, 0, (4, 4))
-    torch.testing.assert_close(rows.fetch(0, 4), masks[0])
+    scores = tasks.read_out(Proposals(masks, competing=True, names=names), names, 0, (4, 4))
+    torch.testing.assert_close(scores.fetch(0, 4), masks[0])
     renamed = Names(names.logits.flip(1))
-    rows = tasks.read_out(Proposals(masks, competing=True, names=names), renamed, 0, (4, 4))
-    torch.testing.assert_close(rows.fetch(0, 4), masks[0].softmax(0).flip(0))
+    scores = tasks.read_out(Proposals(masks, competing=True, names=names), renamed, 0, (4, 4))
+    torch.testing.assert_close(scores.fetch(0, 4), masks[0].softmax(0).flip(0))
 
 
 def test_windows_are_averaged_where_they_overlap() -> None:
@@ -71,8 +71,8 @@ def test_windows_are_averaged_where_they_overlap() -> None:
         y, x = frame.origin
         total[:, y : y + 8, x : x + 8] += scores
         visits[y : y + 8, x : x + 8] += 1
-    rows = tasks.stitch([(frame, tasks.whole(scores)) for frame, scores in zip(frames, maps, strict=True)])
-    torch.testing.assert_close(by_strips(rows, 3), total / visits)
+    scores = rows.stitch([(frame, rows.whole(scores)) for frame, scores in zip(frames, maps, strict=True)])
+    torch.testing.assert_close(by_strips(scores, 3), total / visits)
 
 
 def test_targets() -> None:
@@ -89,9 +89,9 @@ def test_targets() -> None:
 
 def test_asking_for_another_task_is_a_sentence() -> None:
     with pytest.raises(UserError, match="cannot do the panoptic task, only: semantic"):
-        tasks.check_task("panoptic", frozenset({"semantic"}))
+        tasks.check_task("panoptic", frozenset({"semantic"}), VOCABULARY)
     with pytest.raises(UserError, match="unknown task 'sematic'"):
-        tasks.check_task("sematic", frozenset({"semantic"}))
+        tasks.check_task("sematic", frozenset({"semantic"}), VOCABULARY)
 
 
 @pytest.mark.parametrize(

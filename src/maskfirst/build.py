@@ -49,8 +49,20 @@ MENUS: dict[type, dict[str, str]] = {
     Criterion: {"fixed": "maskfirst.criteria:Fixed", "pixel": "maskfirst.criteria:Pixel"},
     Dataset: {
         "folder": "maskfirst.data.folder:Folder",
+        "yolo": "maskfirst.data.yolo:Yolo",
         "ade20k": "maskfirst.data.ade20k:ADE20K",
+        "ade20k_instance": "maskfirst.data.ade20k:ADE20KInstance",
+        "ade20k_panoptic": "maskfirst.data.ade20k:ADE20KPanoptic",
+        "cityscapes": "maskfirst.data.cityscapes:Cityscapes",
+        "cityscapes_instance": "maskfirst.data.cityscapes:CityscapesInstance",
+        "cityscapes_panoptic": "maskfirst.data.cityscapes:CityscapesPanoptic",
+        "coco_instance": "maskfirst.data.coco:COCOInstance",
+        "coco_panoptic": "maskfirst.data.coco:COCOPanoptic",
         "coco_stuff_10k": "maskfirst.data.coco_stuff:COCOStuff10K",
+        "coco_stuff_164k": "maskfirst.data.coco_stuff:COCOStuff164K",
+        "mapillary": "maskfirst.data.mapillary:Mapillary",
+        "mapillary_instance": "maskfirst.data.mapillary:MapillaryInstance",
+        "mapillary_panoptic": "maskfirst.data.mapillary:MapillaryPanoptic",
         "pascal_context": "maskfirst.data.pascal_context:PascalContext",
         "shapes": "maskfirst.data.shapes:Shapes",
     },
@@ -134,7 +146,7 @@ class Experiment:
             criterion = self._part(tree, "criterion", Criterion, given, finishes)
             inference = self._part({"inference": {}} | tree, "inference", Inference, given, finishes)
             try:
-                tasks.check_task(self.task, proposer.tasks)
+                tasks.check_task(self.task, proposer.tasks, self.vocabulary)
             except UserError as error:
                 raise self._error(f"task: {error}") from error
             return Segmenter(proposer, namer, criterion, self.vocabulary, inference)

@@ -1,6 +1,6 @@
 """Segmenter: a proposer, a namer, a criterion and a vocabulary, and the only way from a picture to its segments."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal
@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from maskfirst import tasks
+from maskfirst import finite, rows, tasks
 from maskfirst.contracts import Criterion, Namer, Proposer
+from maskfirst.errors import UserError
 from maskfirst.frames import Fit, Frame, Size
 from maskfirst.types import Batch, Names, Proposals, Segments, Vocabulary
 
@@ -21,9 +22,9 @@ class Inference:
 
     `window` and `stride`, px: overlapping windows (semantic only); None: the whole picture. `multiple`: canvases are padded
     to it; None: the proposer's; 1: no padding, as the originals. `scales`, `flip`: what test-time augmentation averages,
-    after a softmax over the classes where `average` is "softmax" (mmseg), or as they are. `order`: see tasks.Order.
-    `batch`: windows a pass; None: 4, but 1 on the CPU, where more are no faster. `strip`: rows of the answer made at a time,
-    which bounds the memory.
+    after a softmax over the classes where `average` is "softmax" (mmseg), or as they are. `order`: see tasks.Order; that and
+    augmentation are semantic only, too. `thresholds`: what counts as a segment in the other tasks. `batch`: windows a pass;
+    None: 4, but 1 on the CPU, where more are no faster. `strip`: rows of the answer made at a time, which bounds the memory.
     """
 
     fit: Fit = field(default_factory=Fit)
@@ -34,6 +35,7 @@ class Inference:
     flip: bool = False
     average: Literal["softmax", "raw"] = "softmax"
     order: tasks.Order = "masks_first"
+    thresholds: tasks.Thresholds = field(default_factory=tasks.Thresholds)
     batch: int | None = None
     strip: int = 32
 
@@ -48,6 +50,8 @@ class Inference:
             and any(not 0 < step <= side for step, side in zip(self.stride, self.window, strict=True))
         ):
             raise ValueError(f"stride {self.stride} must lie in 1..window {self.window}, or pixels would be left out")
+        if self.window is not None and self.order == "masks_home":
+            raise ValueError("order masks_home brings whole pictures home, and this has windows; use masks_first")
 
     def views(self, original: Size, multiple: int, augment: bool) -> list[Frame]:
         """The frames of a picture: one, or with `augment` every scale, plain and mirrored. `multiple`: the proposer's."""
@@ -116,9 +120,21 @@ class Segmenter(nn.Module):
         augment: bool = False,
         truth: Segments | None = None,
     ) -> Segments:
-        """The segments of one RGB picture, on the CPU. `augment`: test-time augmentation. `truth`: for oracles only."""
-        tasks.check_task(task, self.proposer.tasks)
-        return tasks.semantic(self.scores(image, augment=augment, truth=truth), self.inference.strip).to("cpu")
+        """The segments of one RGB picture, on the CPU. `augment`: test-time augmentation. `truth`: for oracles only.
+
+        Tasks other than semantic are always answered from the whole picture at once. Raises UserError where the model cannot
+        do the task, or where its network makes NaN.
+        """
+        tasks.check_task(task, self.proposer.tasks, self.vocabulary)
+        if task == "semantic":
+            return tasks.semantic(self.scores(image, augment=augment, truth=truth), self.inference.strip).to("cpu")
+        if augment:
+            raise UserError(f"test-time augmentation is for the semantic task only; leave it out for {task}")
+        settings = self.inference
+        frame = settings.views((image.shape[-2], image.shape[-1]), self.proposer.multiple, augment=False)[0]
+        proposals, names = self._seen(frame.resized(image.to(self.device)), [frame], task, truth)
+        given = (proposals, names, 0, self.vocabulary, frame, settings.thresholds, settings.strip)
+        return (tasks.panoptic(*given).segments if task == "panoptic" else tasks.instance(*given)).to("cpu")
 
     @torch.inference_mode()
     def scores(
@@ -127,31 +143,31 @@ class Segmenter(nn.Module):
         *,
         augment: bool = False,
         truth: Segments | None = None,
-    ) -> tasks.Rows:
+    ) -> rows.Rows:
         """The semantic scores (K, H, W) of one RGB picture 0..255, to be fetched by rows; the network has run."""
         original = (image.shape[-2], image.shape[-1])
         settings = self.inference
         views = [
             self.view_scores(image, view, truth) for view in settings.views(original, self.proposer.multiple, augment)
         ]
-        return tasks.mean(
-            [tasks.softmax(rows) if augment and settings.average == "softmax" else rows for rows in views]
-        )
+        return rows.mean([rows.softmax(view) if augment and settings.average == "softmax" else view for view in views])
 
     @torch.inference_mode()
     def view_scores(
         self, image: Float[Tensor, "3 H W"] | UInt8[Tensor, "3 H W"], view: Frame, truth: Segments | None = None
-    ) -> tasks.Rows:
+    ) -> rows.Rows:
         """The semantic scores of one RGB picture seen in one way, brought back to the size `view.original`."""
+        seen = self._windows(image, view, truth)
+        if self.inference.order == "masks_home":
+            ((frame, *found),) = seen
+            return tasks.read_home(*found, frame)
+        order = self.inference.order
         parts = [
-            (
-                frame,
-                tasks.crop(tasks.read_out(proposals, names, index, frame.outer, self.inference.order), frame.visible),
-            )
-            for frame, proposals, names, index in self._windows(image, view, truth)
+            (frame, rows.crop(tasks.read_out(proposals, names, index, frame.outer, order), frame.visible))
+            for frame, proposals, names, index in seen
         ]
-        rows = tasks.enlarge(tasks.stitch(parts), view.original)
-        return tasks.flip(rows) if view.flipped else rows
+        scores = rows.enlarge(rows.stitch(parts), view.original)
+        return rows.flip(scores) if view.flipped else scores
 
     def _windows(
         self, image: Tensor, view: Frame, truth: Segments | None
@@ -162,12 +178,22 @@ class Segmenter(nn.Module):
         count = self.inference.batch or (1 if self.device.type == "cpu" else 4)
         for start in range(0, len(frames), count):
             some = frames[start : start + count]
-            pixels = torch.stack([frame.cut(picture, self.proposer.mean) for frame in some])
-            seen = None if truth is None else tuple(_cut_truth(truth, frame, self.device) for frame in some)
-            batch = Batch(pixels, ("semantic",) * len(some), tuple(some), ("",) * len(some), seen)
-            proposals, names = self(batch)
+            proposals, names = self._seen(picture, some, "semantic", truth)
             for index, frame in enumerate(some):
                 yield frame, proposals, names, index
+
+    def _seen(
+        self, picture: Float[Tensor, "3 H W"], frames: Sequence[Frame], task: str, truth: Segments | None
+    ) -> tuple[Proposals, Names]:
+        """What the network makes of some canvases of a resized picture. Raises UserError where that is NaN."""
+        pixels = torch.stack([frame.cut(picture, self.proposer.mean) for frame in frames])
+        wanted = None if truth is None else tasks.targets(truth, self.vocabulary, task)
+        cut = None if wanted is None else tuple(_cut_truth(wanted, frame, self.device) for frame in frames)
+        batch = Batch(pixels, (task,) * len(frames), tuple(frames), ("",) * len(frames), cut)
+        proposals, names = self(batch)
+        if finite.has_nan((proposals.masks, names.logits)):
+            raise UserError(finite.blame(self, batch))
+        return proposals, names
 
 
 def _cut_truth(truth: Segments, frame: Frame, device: torch.device) -> Segments:

@@ -1,33 +1,61 @@
 """Tasks: how masks and names become an answer, and truth a target. Pure functions.
 
-The semantic read-out is MaskFormer's (Cheng et al., 2021): every pixel sums, over the proposals, mask times name.
+The semantic read-out is MaskFormer's (Cheng et al., 2021): every pixel sums, over the proposals, mask times name. The panoptic
+and the instance answer are Mask2Former's (Cheng et al., 2022). What a proposal is called is asked first, and only the masks of
+those that can be part of the answer are enlarged, a strip of rows at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
-from maskfirst.errors import UserError
-from maskfirst.frames import Frame, Size, resize
-from maskfirst.types import TASKS, Names, Proposals, Segments, Vocabulary
+from maskfirst.errors import UserError, nearest
+from maskfirst.frames import Frame, Size
+from maskfirst.rows import Rows, crop, enlarge, flip, whole
+from maskfirst.types import TASKS, VOID, Names, Proposals, SegmentMap, Segments, Vocabulary
 
-Order = Literal["masks_first", "names_first"]
-"""Whether masks are enlarged before they are mixed into names (the originals' order) or after (faster, near equal)."""
+Order = Literal["masks_home", "masks_first", "names_first"]
+"""When masks are mixed into names: after they were enlarged to the picture's own size (Mask2Former where it does all tasks), to
+the canvas (semantic models of all origins), or before (faster, near equal)."""
 
-PIECE = 2**21
-"""Mask values that are mixed into names at a time: what stays in a processor's cache is twice as fast."""
+PIECE = 2**20
+"""Values of masks or scores that are worked on at a time: what stays in a processor's cache is several times as fast."""
 
 
-def check_task(task: str, able: frozenset[str]) -> None:
-    """Raises where a model is asked for a task that its proposer cannot do."""
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as a segment. `object` and `overlap` are panoptic: the probability of its name that a proposal must
+    exceed, and the share of its mask that must not belong to others, both 0..1. `instances`: how many pairs of proposal and
+    name the instance task answers with at most.
+    """
+
+    object: float = 0.8
+    overlap: float = 0.8
+    instances: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("object", "overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: {getattr(self, name)} must lie in 0..1; 0.8 is usual")
+        if self.instances < 1:
+            raise UserError(f"instances: {self.instances} must be at least 1; 100 is usual")
+
+
+def check_task(task: str, able: frozenset[str], vocabulary: Vocabulary) -> None:
+    """Raises where a model is asked for a task that its proposer, or its vocabulary, cannot do."""
     if task not in TASKS:
-        raise UserError(f"unknown task '{task}'. Known: {', '.join(TASKS)}.")
+        raise UserError(f"unknown task '{task}'.{nearest(task, TASKS)} Known: {', '.join(TASKS)}.")
     if task not in able:
         raise UserError(f"this model cannot do the {task} task, only: {', '.join(sorted(able))}")
+    if task == "instance" and not vocabulary.things:
+        raise UserError(
+            "the instance task finds things, and none of the vocabulary's names is marked as one (`thing: true`)"
+        )
 
 
 def targets(segments: Segments, vocabulary: Vocabulary, task: str) -> Segments:
@@ -44,137 +72,62 @@ def targets(segments: Segments, vocabulary: Vocabulary, task: str) -> Segments:
         ones = torch.ones(len(classes), device=classes.device)
         return Segments(merged, classes, ones, torch.zeros_like(classes, dtype=torch.bool))
     segments = segments[~segments.crowd]
-    if task == "panoptic":
-        return segments
-    things = torch.tensor(sorted(vocabulary.things), dtype=torch.int64, device=segments.classes.device)
-    return segments[torch.isin(segments.classes, things)]
+    return segments if task == "panoptic" else segments[_are_things(segments.classes, vocabulary)]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A map of scores (K, height, width) of which any run of rows can be had without making the rest."""
-
-    height: int
-    width: int
-    fetch: Callable[[int, int], Float[Tensor, "K n W"]]
-    """Rows first..last-1, as a fresh tensor."""
+def _are_things(classes: Int64[Tensor, " N"], vocabulary: Vocabulary) -> Tensor:
+    return torch.isin(classes, torch.tensor(sorted(vocabulary.things), dtype=torch.int64, device=classes.device))
 
 
-def whole(scores: Float[Tensor, "K h w"]) -> Rows:
-    """Rows of a map that is there already."""
-    return Rows(scores.shape[-2], scores.shape[-1], lambda first, last: scores[:, first:last])
+def _runs(count: int, rows: Rows, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """First and last row + 1 of pieces, of at most `most` rows, of `count` maps."""
+    step = max(1, PIECE // max(1, count * rows.width))
+    step = step if most is None else min(step, most)
+    return ((first, min(first + step, rows.height)) for first in range(0, rows.height, step))
 
 
-def enlarge(rows: Rows, size: Size) -> Rows:
-    """`frames.resize`, run by run: the same numbers up to rounding, whatever the runs."""
-    height, width = size
-    if (rows.height, rows.width) == size:
-        return rows
-    step = rows.height / height
-
-    def fetch(first: int, last: int) -> Tensor:
-        if (first, last) == (0, height):
-            return resize(rows.fetch(0, rows.height), size)
-        centres = torch.arange(first, last, dtype=torch.float64).add_(0.5).mul_(step).sub_(0.5).clamp_(min=0)
-        above = centres.long()
-        below = (above + 1).clamp_(max=rows.height - 1)
-        source_first, source_last = int(above[0]), int(below[-1]) + 1
-        source = rows.fetch(source_first, source_last)
-        source = resize(source, (source.shape[-2], width))
-        share = (centres - above).to(source).view(-1, 1)
-        above, below = (index.to(source.device) - source_first for index in (above, below))
-        return source.index_select(1, above).lerp_(source.index_select(1, below), share)
-
-    return Rows(height, width, fetch)
-
-
-def crop(rows: Rows, size: Size) -> Rows:
-    """The top left part."""
-    height, width = size
-    return Rows(height, width, lambda first, last: rows.fetch(first, last)[..., :width])
-
-
-def flip(rows: Rows) -> Rows:
-    """Mirrored left to right."""
-    return Rows(rows.height, rows.width, lambda first, last: rows.fetch(first, last).flip(-1))
-
-
-def softmax(rows: Rows) -> Rows:
-    """A softmax over K of every pixel."""
-    return Rows(rows.height, rows.width, lambda first, last: rows.fetch(first, last).softmax(0))
-
-
-def mean(views: list[Rows]) -> Rows:
-    """The average of maps of one size."""
-
-    def fetch(first: int, last: int) -> Tensor:
-        total = views[0].fetch(first, last)
-        for view in views[1:]:
-            total = total + view.fetch(first, last)
-        return total / len(views)
-
-    return views[0] if len(views) == 1 else Rows(views[0].height, views[0].width, fetch)
-
-
-def stitch(parts: list[tuple[Frame, Rows]]) -> Rows:
-    """Overlapping windows of one resized picture, averaged where they overlap."""
-    height, width = parts[0][0].inner
-
-    def fetch(first: int, last: int) -> Tensor:
-        total: Tensor | None = None
-        visits = torch.zeros(last - first, width)
-        for frame, rows in parts:
-            (y, x), top, bottom = frame.origin, max(first, frame.origin[0]), min(last, frame.origin[0] + rows.height)
-            if top >= bottom:
-                continue
-            scores = rows.fetch(top - y, bottom - y)
-            if total is None:
-                total = scores.new_zeros(len(scores), last - first, width)
-            total[:, top - first : bottom - first, x : x + rows.width] += scores
-            visits[top - first : bottom - first, x : x + rows.width] += 1
-        if total is None:
-            raise ValueError(f"no window covers the rows {first}..{last - 1} of a picture {height} px high")
-        return total.div_(visits.to(total))
-
-    if len(parts) == 1 and (parts[0][1].height, parts[0][1].width) == (height, width):
-        return parts[0][1]
-    return Rows(height, width, fetch)
+def home(proposals: Proposals, image: int, frame: Frame, chosen: Int64[Tensor, " q"] | slice = slice(None)) -> Rows:
+    """Mask logits of picture `image`, all or the `chosen` ones, brought back to the original picture. Not for windows."""
+    rows = whole(proposals.masks[image][chosen].float())
+    rows = enlarge(enlarge(rows, proposals.resolution or frame.outer), frame.outer)
+    rows = enlarge(crop(rows, frame.visible), frame.original)
+    return flip(rows) if frame.flipped else rows
 
 
 def read_out(proposals: Proposals, names: Names, image: int, canvas: Size, order: Order = "masks_first") -> Rows:
     """Scores (K, canvas) of picture `image`: sum over q of P(name of q) times P(pixel in mask q).
 
     Masks that arrived named, one a class in order, are the scores themselves: a per-pixel classifier's logits.
-    Values 0..Q for mixed masks, any for logits.
+    Values 0..Q for mixed masks, any for logits. An `order` of "masks_home" is `read_home`'s, and "masks_first" here.
     """
-    masks = proposals.masks[image]
+    masks = whole(proposals.masks[image])
     if proposals.names is names and proposals.competing:
-        return enlarge(whole(masks), canvas)
-    share = names.joint[image].to(masks.dtype).T
-    resolution = proposals.resolution or canvas
-
-    def mixed(rows: Rows) -> Rows:
-        run = max(1, PIECE // (len(masks) * rows.width))
-
-        def mix(first: int, last: int) -> Tensor:
-            logits = rows.fetch(first, last)
-            inside = logits.softmax(0) if proposals.competing else logits.sigmoid()
-            return (share @ inside.flatten(1)).unflatten(1, logits.shape[1:])
-
-        def fetch(first: int, last: int) -> Tensor:
-            if last - first <= run:
-                return mix(first, last)
-            scores = masks.new_empty(len(share), last - first, rows.width)
-            for start in range(first, last, run):
-                stop = min(start + run, last)
-                scores[:, start - first : stop - first] = mix(start, stop)
-            return scores
-
-        return Rows(rows.height, rows.width, fetch)
-
+        return enlarge(masks, canvas)
     if order == "names_first":
-        return enlarge(mixed(whole(masks)), canvas)
-    return enlarge(mixed(enlarge(whole(masks), resolution)), canvas)
+        return enlarge(_mix(masks, proposals, names, image), canvas)
+    return enlarge(_mix(enlarge(masks, proposals.resolution or canvas), proposals, names, image), canvas)
+
+
+def read_home(proposals: Proposals, names: Names, image: int, frame: Frame) -> Rows:
+    """Scores (K, original) of picture `image`, its masks brought home before they are mixed. Else as `read_out`."""
+    masks = home(proposals, image, frame)
+    return masks if proposals.names is names and proposals.competing else _mix(masks, proposals, names, image)
+
+
+def _mix(rows: Rows, proposals: Proposals, names: Names, image: int) -> Rows:
+    """Masks (Q, H, W) into scores (K, H, W)."""
+    share = names.joint[image].to(proposals.masks.dtype).T
+
+    def fetch(first: int, last: int) -> Tensor:
+        logits = rows.fetch(first, last)
+        scores = share.new_empty(len(share), last - first, rows.width)
+        for start, stop in _runs(len(logits), Rows(last - first, rows.width, rows.fetch)):
+            piece = logits[:, start:stop]
+            inside = piece.softmax(0) if proposals.competing else piece.sigmoid()
+            scores[:, start:stop] = (share @ inside.to(share.dtype).flatten(1)).unflatten(1, piece.shape[1:])
+        return scores
+
+    return Rows(rows.height, rows.width, fetch)
 
 
 def semantic(scores: Rows, strip: int = 64) -> Segments:
@@ -188,3 +141,99 @@ def semantic(scores: Rows, strip: int = 64) -> Segments:
     values = torch.cat(best)
     means = torch.stack([values[mask].mean() for mask in found.masks]) if len(found) else values.new_zeros(0)
     return Segments(found.masks, found.classes, means, found.crowd)
+
+
+def panoptic(
+    proposals: Proposals,
+    names: Names,
+    image: int,
+    vocabulary: Vocabulary,
+    frame: Frame,
+    thresholds: Thresholds | None = None,
+    strip: int = 64,
+) -> SegmentMap:
+    """Segments of picture `image` that share its pixels out; all of a class that is no thing are one. Some pixels have none.
+
+    Every pixel goes to the proposal with the largest probability of name times mask, and is kept where that mask is at least
+    0.5. Segments come in the order of the proposals; their score is the probability of the name, of stuff the largest.
+    """
+    thresholds = thresholds or Thresholds()
+    best, labels = names.logits[image].float().softmax(-1).max(-1)
+    chosen = ((labels < len(vocabulary)) & (best > thresholds.object)).nonzero()[:, 0]
+    best, labels = best[chosen], labels[chosen]
+    rows = home(proposals, image, frame, chosen)
+    owners = torch.full(frame.original, len(chosen), device=best.device)  # nobody
+    inside = torch.zeros(frame.original, dtype=torch.bool, device=best.device)
+    full = torch.zeros_like(chosen)
+    for first, last in _runs(len(chosen), rows, strip) if len(chosen) else ():
+        probabilities = rows.fetch(first, last).sigmoid()
+        within = probabilities >= 0.5
+        full += within.flatten(1).sum(1)
+        owner = probabilities.mul_(best[:, None, None]).max(0, keepdim=True).indices
+        owners[first:last] = owner[0]
+        inside[first:last] = within.gather(0, owner)[0]
+    areas = torch.bincount(owners.flatten(), minlength=len(chosen) + 1)[:-1]
+    finals = torch.bincount(owners[inside], minlength=len(chosen) + 1)[:-1]
+
+    numbers, classes, scores = [], [], []
+    stuff: dict[int, int] = {}
+    for name, score, *counts in zip(*(each.tolist() for each in (labels, best, areas, full, finals)), strict=True):
+        if 0 in counts or counts[0] / counts[1] < thresholds.overlap:
+            numbers.append(VOID)
+        elif name in stuff:
+            numbers.append(stuff[name])
+            scores[stuff[name]] = max(scores[stuff[name]], score)
+        else:
+            numbers.append(len(classes))
+            classes.append(name)
+            scores.append(score)
+            if name not in vocabulary.things:
+                stuff[name] = numbers[-1]
+    table = torch.tensor([*numbers, VOID], dtype=torch.int32, device=best.device)
+    ids = table[owners].masked_fill_(~inside, VOID)
+    return SegmentMap(
+        ids,
+        torch.tensor(classes, dtype=torch.int64, device=best.device),
+        torch.tensor(scores, dtype=torch.float32, device=best.device),
+        torch.zeros(len(classes), dtype=torch.bool, device=best.device),
+    )
+
+
+def instance(
+    proposals: Proposals,
+    names: Names,
+    image: int,
+    vocabulary: Vocabulary,
+    frame: Frame,
+    thresholds: Thresholds | None = None,
+    strip: int = 64,
+) -> Segments:
+    """Things of picture `image`, which may overlap, the surest first; one proposal may be answered under several names.
+
+    Of the pairs of proposal and name that are likeliest those are kept whose name is a thing. A mask is where its logit is
+    above 0, and may be empty; a score is the probability of the name times the mean of the mask's, inside.
+    """
+    thresholds = thresholds or Thresholds()
+    joint = names.joint[image].float()
+    likely = joint.flatten().topk(min(thresholds.instances, joint.numel()))
+    things = _are_things(likely.indices % joint.shape[1], vocabulary)
+    likelihood, pairs = likely.values[things], likely.indices[things]
+    chosen, place = (pairs // joint.shape[1]).unique(return_inverse=True)
+    rows = home(proposals, image, frame, chosen)
+    masks = torch.empty(len(chosen), *frame.original, dtype=torch.bool, device=joint.device)
+    areas, sums = (torch.zeros(len(chosen), dtype=torch.float64, device=joint.device) for _ in range(2))
+    for first, last in _runs(len(chosen), rows, strip) if len(chosen) else ():
+        logits = rows.fetch(first, last)
+        inside = torch.gt(logits, 0)
+        masks[:, first:last] = inside
+        areas += inside.flatten(1).sum(1, dtype=torch.int32)
+        # A logit above 0 has a probability above 0.5, and leaving out all others so is far faster than by a mask.
+        sums += F.threshold_(logits.sigmoid(), 0.5, 0.0).flatten(1).sum(1)
+    scores = likelihood * (sums / (areas + 1e-6)).float()[place]
+    order = scores.argsort(descending=True, stable=True)
+    return Segments(
+        masks[place[order]],
+        (pairs % joint.shape[1])[order],
+        scores[order],
+        torch.zeros(len(order), dtype=torch.bool, device=joint.device),
+    )

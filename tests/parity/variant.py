@@ -20,6 +20,7 @@ from maskfirst.convert.pickles import open_checkpoint
 from maskfirst.convert.rename import Renamed, rename
 from maskfirst.frames import Frame, resize
 from maskfirst.proposers.atm import ATM, Decoder, ShrunkATM
+from maskfirst.rows import Rows, mean, softmax
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import VOID, Batch, Names, Proposals, Segments
 
@@ -210,17 +211,17 @@ class _Variant:
             self.model.inference = windows if how == "slide" else replace(windows, window=None, stride=None)
             goal = (self.arrays[key].shape[-2], self.arrays[key].shape[-1])
             rows = self._view(f"img{size}", goal)
-            rows = tasks.softmax(rows) if probable else rows
+            rows = softmax(rows) if probable else rows
             yield self._compare(key, rows.fetch(0, rows.height)[None])
         self.model.inference = windows
         if "tta_prob" in self.arrays:
             shape = self.arrays["tta_prob"].shape
             goal = (shape[-2], shape[-1])
             views = [self._view(key, goal, flipped) for key in self._tta_images() for flipped in (False, True)]
-            mean = tasks.mean([tasks.softmax(rows) for rows in views]).fetch(0, goal[0])
-            yield self._compare("tta_prob", mean[None])
+            average = mean([softmax(rows) for rows in views]).fetch(0, goal[0])
+            yield self._compare("tta_prob", average[None])
             if "tta_argmax" in self.arrays:
-                yield self._compare("tta_argmax", mean.argmax(0), EXACT)
+                yield self._compare("tta_argmax", average.argmax(0), EXACT)
 
     def _tta_images(self) -> list[str]:
         """What was averaged: the picture of the sliding probabilities, and the square one that is not of the base's size."""
@@ -236,7 +237,7 @@ class _Variant:
         ]
         return [*sliding, *square]
 
-    def _view(self, key: str, goal: tuple[int, int], flipped: bool = False) -> tasks.Rows:
+    def _view(self, key: str, goal: tuple[int, int], flipped: bool = False) -> Rows:
         image = self.arrays[key][0]
         size = (image.shape[-2], image.shape[-1])
         return self.model.view_scores(image, Frame(goal, size, size, flipped=flipped))
