@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,10 +54,10 @@ class State:
         """The best score of all evaluations; 0 before the first."""
         return max((score for _, score in self.curve), default=0.0)
 
-    def record(self, scores: dict[str, Any], task: str) -> None:
-        """Takes an evaluation in. Its headline, by task: mIoU, AP or PQ."""
+    def record(self, scores: dict[str, Any], headline: float) -> None:
+        """Takes an evaluation in. `headline`: the score that stands for all, 0 in the curve where it is NaN."""
         self.scores = scores
-        self.curve.append((self.step, scores[HEADLINE[task]] or 0.0))
+        self.curve.append((self.step, 0.0 if math.isnan(headline) else headline))
 
     @property
     def is_best(self) -> bool:

@@ -175,7 +175,6 @@ def evaluate(
                 augment=tta,
                 rank=fabric.global_rank,
                 world=fabric.world_size,
-                reduce=ranks.total,
                 gather=ranks.gather,
                 progress=advance,
                 worst_dir=None if out is None else out / "worst",
@@ -555,6 +554,8 @@ def _print_report(report: "Report") -> None:
         )
         table.add_row(rows[0].name, *cells)
     table.add_row("without a class", *(share(split, pixels) for split, pixels in report.void.items()), style="dim")
+    if any(report.empty.values()):
+        table.add_row("nothing with a class", *(f"in {count}" for count in report.empty.values()), style="dim")
     _print(table)
     for problem in report.problems:
         print(f"- {problem}")

@@ -6,7 +6,7 @@ All are abstract; an implementation is final and is built from a recipe by its c
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ class Metric(ABC, Generic[Seen]):
         """
 
     @abstractmethod
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Any) -> None:
         """Adds the pictures of another one of the same kind and vocabulary."""
 
     @abstractmethod

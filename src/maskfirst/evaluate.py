@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,30 +14,40 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from maskfirst import draw
-from maskfirst.contracts import Dataset
+from maskfirst import draw, tasks
+from maskfirst.contracts import Dataset, Metric, Scores
 from maskfirst.data.images import ImageError
+from maskfirst.errors import UserError, nearest
+from maskfirst.formats.instances import Instances
+from maskfirst.metrics.ap import AveragePrecision
+from maskfirst.metrics.beside import Beside
+from maskfirst.metrics.boundary import BoundaryIoU
 from maskfirst.metrics.iou import ConfusionMatrix
+from maskfirst.metrics.pq import PanopticQuality
 from maskfirst.predict import ahead
 from maskfirst.segmenter import Segmenter
-from maskfirst.types import VOID, Sample, Segments
+from maskfirst.types import VOID, Sample, SegmentMap, Segments, Vocabulary
 
-Reduce = Callable[[Tensor], Tensor]
-"""The sum of a tensor over all processes."""
 Gather = Callable[[list[Any]], list[list[Any]]]
 """The lists of all processes."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a task is scored: the metric, and what it is given of the truth and of an answer."""
+
+    metric: Callable[[Vocabulary], Metric[Any]]
+    truth: Callable[[Sample, Vocabulary], Any]
+    answer: Callable[[Segments], Any]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What came out. All but `seconds` is the same on every process, and on one process as on many."""
 
-    scores: dict[str, Any]
-    """`mIoU`, `aAcc`, `mAcc` and, by class, `IoU` and `Acc`: fractions, NaN where there was nothing to score."""
-    rows: list[tuple[str, float, float, float]]
-    """Of each class: name, IoU, accuracy, and its share of the pixels that have a class in the truth."""
+    scores: Scores
     worst: list[tuple[str, float]]
-    """Keys and mIoU over the classes of its own truth, of the pictures with the least; the worst first."""
+    """Keys and scores, each picture's own, of those with the least; the worst first."""
     failed: list[tuple[str, str]]
     """Keys of pictures that could not be read, and why; they are not part of the scores."""
     count: int
@@ -47,23 +57,24 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Everything as plain JSON, with null for NaN."""
         return {
-            **_plain(self.scores),
+            **_plain(self.scores.content),
             "images": self.count,
             "seconds": round(self.seconds, 3),
-            "worst": [{"key": key, "mIoU": score} for key, score in self.worst],
+            "worst": [{"key": key, self.scores.headline: score} for key, score in self.worst],
             "failed": [{"key": key, "error": error} for key, error in self.failed],
         }
 
     def as_table(self) -> Table:
-        """One line a class and the means, in percent."""
-        right = _percent(self.scores["aAcc"])
-        table = Table(show_footer=True, caption=f"{right} of all pixels right (aAcc), {self.count} pictures")
-        table.add_column("class", footer="mean")
-        table.add_column("IoU", footer=_percent(self.scores["mIoU"]), justify="right")
-        table.add_column("Acc", footer=_percent(self.scores["mAcc"]), justify="right")
-        table.add_column("share", justify="right")
-        for name, *numbers in self.rows:
-            table.add_row(escape(name), *map(_percent, numbers))
+        """One line a class, those of several classes below, in percent; all means in the caption."""
+        means = ", ".join(f"{name} {_percent(value)}" for name, value in self.scores.means.items())
+        table = Table(caption=f"{means}; {self.count} pictures")
+        table.add_column("class")
+        for name in self.scores.columns:
+            table.add_column(name, justify="right")
+        for place, (name, numbers) in enumerate(self.scores.rows, 1):
+            table.add_row(escape(name), *map(_percent, numbers), end_section=place == len(self.scores.rows))
+        for name, numbers in self.scores.below:
+            table.add_row(name, *map(_percent, numbers), style="bold")
         return table
 
 
@@ -75,32 +86,33 @@ def evaluate(
     augment: bool = False,
     rank: int = 0,
     world: int = 1,
-    reduce: Reduce | None = None,
     gather: Gather | None = None,
     progress: Callable[[int, int], None] | None = None,
     worst: int = 10,
     worst_dir: Path | str | None = None,
+    boundary: bool = False,
     workers: int = 2,
 ) -> Evaluation:
-    """Predicts every picture of `dataset` and compares label maps. Only counts of pixels and `worst` keys are kept.
+    """Predicts every picture of `dataset` and compares it with its truth. Only what the metric counts and keys are kept.
 
-    `augment`: test-time augmentation. Process `rank` of `world` takes every `world`-th picture; `reduce` and `gather` then
-    bring the processes together and are needed where `world` > 1. `progress` is told (done, all) of this process's
-    pictures. In `worst_dir` the worst are drawn as picture | truth | prediction, for which they are predicted again.
-    `workers`: threads that read ahead. The segmenter and the data set must have one vocabulary.
+    `augment`: test-time augmentation. Process `rank` of `world` takes every `world`-th picture; `gather` then brings the
+    processes together and is needed where `world` > 1. `progress` is told (done, all) of this process's pictures. In
+    `worst_dir` the worst are drawn as picture | truth | prediction, for which they are predicted again. `boundary`: see
+    `measure_of`. `workers`: threads that read ahead. The segmenter and the data set must have one vocabulary. Raises
+    UserError for a task that the vocabulary cannot be scored for.
     """
-    if world > 1 and (reduce is None or gather is None):
-        raise ValueError(f"evaluating on {world} processes needs `reduce` and `gather`")
+    if world > 1 and gather is None:
+        raise ValueError(f"evaluating on {world} processes needs `gather`")
     start = time.perf_counter()
     vocabulary, keys, shard = segmenter.vocabulary, dataset.keys(), range(rank, len(dataset), world)
-    total = ConfusionMatrix(len(vocabulary))
+    measure = measure_of(task, vocabulary, boundary)
+    total = measure.metric(vocabulary)
     least: list[tuple[float, int]] = []
     failed: list[tuple[int, str]] = []
 
-    def label_maps(sample: Sample) -> tuple[Int64[Tensor, "H W"], Int64[Tensor, "H W"]]:
+    def predicted(sample: Sample) -> Segments:
         truth = sample.truth if segmenter.uses_truth else None
-        prediction = segmenter.predict(sample.image, task, augment=augment, truth=truth)
-        return truth_labels(sample), prediction.label_map().cpu()
+        return segmenter.predict(sample.image, task, augment=augment, truth=truth)
 
     for done, (index, reading) in enumerate(ahead(dataset.__getitem__, shard, workers), 1):
         try:
@@ -108,34 +120,31 @@ def evaluate(
         except ImageError as error:
             failed.append((index, str(error)))
         else:
-            one = ConfusionMatrix(len(vocabulary))
-            one.update(*label_maps(sample))
-            total.merge(one)
-            if one.truth.any():
-                least = sorted([*least, (one.iou[one.truth > 0].mean().item(), index)])[:worst]
+            own = total.update(measure.truth(sample, vocabulary), measure.answer(predicted(sample)), index)
+            if own is not None:
+                least = sorted([*least, (own, index)])[:worst]
         if progress is not None:
             progress(done, len(shard))
 
-    if reduce is not None:
-        # On the model's device, as NCCL cannot add up anything that lies on the CPU.
-        total = ConfusionMatrix.from_state(reduce(total.state.to(segmenter.device)))
     if gather is not None:
+        found, total = gather([total]), measure.metric(vocabulary)
+        for one in chain.from_iterable(found):
+            total.merge(one)
         least = sorted(chain.from_iterable(gather(least)))[:worst]
         failed = sorted(chain.from_iterable(gather(failed)))
     seconds = time.perf_counter() - start
 
+    scores = total.scores()
     for place, (score, index) in enumerate(least, 1):
         if worst_dir is not None and index % world == rank:
             sample = dataset[index]
-            truth, prediction = (Segments.from_label_map(labels) for labels in label_maps(sample))
-            title = f"{keys[index]}: mIoU {_percent(score)}"
-            page = draw.side_by_side(sample.image, truth, prediction, vocabulary, title)
+            truth = tasks.targets(sample.truth, vocabulary, task)
+            title = f"{keys[index]}: {scores.headline} {_percent(score)}"
+            page = draw.side_by_side(sample.image, truth, predicted(sample), vocabulary, title)
             draw.write_overlay(Path(worst_dir) / f"worst-{place:02d}.jpg", page)
 
-    scores, present = total.scores(vocabulary.names), (total.truth / total.truth.sum()).tolist()
     return Evaluation(
         scores,
-        list(zip(vocabulary.names, scores["IoU"].values(), scores["Acc"].values(), present, strict=True)),
         [(keys[index], score) for score, index in least],
         [(keys[index], error) for index, error in failed],
         len(dataset) - len(failed),
@@ -143,10 +152,49 @@ def evaluate(
     )
 
 
-def truth_labels(sample: Sample) -> Int64[Tensor, "H W"]:
+def measure_of(task: str, vocabulary: Vocabulary, boundary: bool = False) -> Measure:
+    """How `task` is scored; with `boundary`, which only the semantic one has, by boundary IoU, too.
+
+    Raises UserError where the vocabulary has no things for it.
+    """
+    if task not in MEASURES:
+        raise UserError(f"unknown task '{task}'.{nearest(task, MEASURES)} Known: {', '.join(MEASURES)}.")
+    if task == "instance" and not vocabulary.things:
+        raise UserError(
+            "the vocabulary has no things, and instances are counted of things only; mark them with `thing: true`"
+        )
+    if boundary and task != "semantic":
+        raise UserError(f"boundary IoU is of label maps: the {task} task has none; leave --boundary out")
+    return BORDERS if boundary else MEASURES[task]
+
+
+def truth_labels(sample: Sample, vocabulary: Vocabulary) -> Int64[Tensor, "H W"]:
     """The label map of `sample.truth`, without opening its masks."""
     # Where layers overlap the later segment wins, as in Segments.label_map; VOID, -1, finds the class put last.
     return torch.cat([sample.classes, torch.tensor([VOID])])[sample.ids.amax(0).long()]
+
+
+def truth_map(sample: Sample, vocabulary: Vocabulary) -> SegmentMap:
+    """The segments of a sample that are to be seen; where layers overlap, the later ones."""
+    ids = sample.ids.amax(0)
+    seen = torch.bincount(ids.flatten() + 1, minlength=len(sample.classes) + 1)[1:] > 0
+    numbers = torch.cat([torch.where(seen, seen.cumsum(0) - 1, VOID), torch.tensor([VOID])]).int()
+    classes = sample.classes[seen]
+    return SegmentMap(numbers[ids.long()], classes, torch.ones(len(classes)), sample.crowd[seen])
+
+
+def truth_instances(sample: Sample, vocabulary: Vocabulary) -> Instances:
+    """The things of a sample, crowds being among them."""
+    truth = sample.truth
+    return Instances.of(truth[torch.isin(truth.classes, torch.tensor(sorted(vocabulary.things)))])
+
+
+MEASURES: Mapping[str, Measure] = {
+    "semantic": Measure(ConfusionMatrix, truth_labels, Segments.label_map),
+    "panoptic": Measure(PanopticQuality, truth_map, SegmentMap.of),
+    "instance": Measure(AveragePrecision, truth_instances, Instances.of),
+}
+BORDERS = Measure(lambda words: Beside(ConfusionMatrix(words), BoundaryIoU(words)), truth_labels, Segments.label_map)
 
 
 def _percent(share: float) -> str:
@@ -154,6 +202,6 @@ def _percent(share: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     return None if math.isnan(value) else value

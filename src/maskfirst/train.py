@@ -1,6 +1,7 @@
 """The training loop, on Lightning Fabric: from data to weights, in the order in which it happens."""
 
 import contextlib
+import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,15 +134,15 @@ def train(
                 segmenter.eval()
                 with average.applied() if average else contextlib.nullcontext():
                     found = evaluate(
-                        segmenter, validation, task, rank=rank, world=world, reduce=ranks.total, gather=ranks.gather,
+                        segmenter, validation, task, rank=rank, world=world, gather=ranks.gather,
                         progress=evaluating, worst=0,
                     )  # fmt: skip
-                    state.record(found.as_json(), task)
+                    state.record(found.as_json(), found.scores.value)
                     state.unreadable = sorted({told for every in ranks.gather(state.unreadable) for told in every})
                     if chief:
                         folder.keep(state, segmenter, tree)
                         pictures = folder.draw(state, segmenter, validation, task, settings.pictures)
-                        numbers = {f"val/{name}": v for name, v in found.scores.items() if isinstance(v, float)}
+                        numbers = {f"val/{name}": v for name, v in found.scores.means.items() if math.isfinite(v)}
                         journal.write(state.step, numbers, pictures)
                 segmenter.train()
                 save()

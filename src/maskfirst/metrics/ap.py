@@ -88,7 +88,7 @@ class AveragePrecision(Metric[Instances]):
         present = np.flatnonzero(positives[:, 0])
         if not len(present):
             return None
-        return float(np.mean([_precision(found[found.classes == index], 0, positives[index, 0]) for index in present]))
+        return float(np.mean([_precision(found[found.classes == index], 0, positives[index]) for index in present]))
 
     def merge(self, other: "AveragePrecision") -> None:
         twice = self.matches.keys() & other.matches.keys()
@@ -111,8 +111,8 @@ class AveragePrecision(Metric[Instances]):
         recall = np.full((len(self.names), len(MOST), len(AREAS)), np.nan)
         for index in np.flatnonzero(self.positives.any(1)):
             own = kept[order[ends[index] : ends[index + 1]]]
-            for area in np.flatnonzero(self.positives[index]):
-                precision[index, area] = _precision(own, area, self.positives[index, area])
+            for area in np.flatnonzero(self.positives[index]).tolist():
+                precision[index, area] = _precision(own, area, self.positives[index])
             recall[index] = _recall(own, self.positives[index])
         values = np.stack([precision[:, area, thresholds].mean(-1) for area, thresholds in FIGURES.values()], 1)
         means = dict(zip(FIGURES, map(_mean, values.T), strict=True))
@@ -170,15 +170,15 @@ def _last(marks: Bool[np.ndarray, "A T C"]) -> Int64[np.ndarray, "A T"]:
     return marks.shape[-1] - 1 - marks[..., ::-1].argmax(-1)
 
 
-def _precision(matches: _Matches, area: int, positives: int) -> Float64[np.ndarray, " T"]:
-    """Mean precision of one class over RECALLS, its instances in an area being `positives`, 1 or more."""
+def _precision(matches: _Matches, area: int, positives: Int64[np.ndarray, " A"]) -> Float64[np.ndarray, " T"]:
+    """Mean precision of one class over RECALLS, in an area that has instances of it."""
     outcomes = matches.outcomes[np.argsort(-matches.scores, kind="stable"), area]
     right = np.cumsum(outcomes == RIGHT, 0).astype(np.float64)
     wrong = np.cumsum(outcomes == WRONG, 0).astype(np.float64)
     precision = right / (wrong + right + np.spacing(1))
     # The best precision at this recall or at a larger one; 0 where a recall is not reached.
     precision = np.concatenate([np.maximum.accumulate(precision[::-1], 0)[::-1], np.zeros((1, len(THRESHOLDS)))])
-    recall = (right / positives).T
+    recall = (right / positives[area]).T
     reached = np.stack([np.searchsorted(each, RECALLS) for each in recall], 1)
     return np.take_along_axis(precision, reached, 0).mean(0)
 

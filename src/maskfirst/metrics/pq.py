@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float64, Int64, Num
 
 from maskfirst.contracts import Metric, Scores
 from maskfirst.types import VOID, SegmentMap, Vocabulary
@@ -142,7 +142,7 @@ def _common_pixels(truth: SegmentMap, prediction: SegmentMap) -> _Pairs:
     return _Pairs(cells // columns - 1, cells % columns - 1, area)
 
 
-def _sum_by_guess(pairs: _Pairs, keep: Bool[np.ndarray, " P"], count: int) -> Float64[np.ndarray, " M"]:
+def _sum_by_guess(pairs: _Pairs, keep: Bool[np.ndarray, " P"], count: int) -> Num[np.ndarray, " M"]:
     """Pixels of each of `count` predicted segments in the pairs kept."""
     return np.bincount(pairs.guess[keep] + 1, pairs.area[keep], count + 1)[1:]
 
