@@ -53,13 +53,20 @@ def images(content: Any, path: Path | str) -> dict[Key, Image]:
     found: dict[Key, Image] = {}
     for index, row in enumerate(rows(content, "images", path)):
         place = f"{path}: images[{index}]"
-        key, name = (row.get("id"), row.get("file_name")) if isinstance(row, dict) else (None, None)
-        if type(key) not in (int, str) or not isinstance(name, str) or not name:
-            raise FormatError(f"{place}: should have an `id` and a `file_name`, got {key!r} and {name!r}")
+        row = row if isinstance(row, dict) else {}
+        key, name = named(row, "id", place)
         if key in found:
             raise FormatError(f"{place}: id {key!r} is that of {found[key].file_name} already")
         found[key] = Image(name, *check_size(row.get("height"), row.get("width"), f"{place} ({name})"))
     return found
+
+
+def named(row: Mapping[str, Any], key: str, place: str) -> tuple[Key, str]:
+    """What an entry of a file calls a picture under `key`, and its `file_name`. Raises FormatError."""
+    found, name = row.get(key), row.get("file_name")
+    if (type(found) is int or isinstance(found, str)) and isinstance(name, str) and name:
+        return found, name
+    raise FormatError(f"{place}: should have `{key}` and `file_name`, got {found!r} and {name!r}")
 
 
 def categories(content: Any, path: Path | str, vocabulary: Vocabulary | None) -> tuple[Vocabulary, dict[int, int]]:
@@ -78,9 +85,9 @@ def categories(content: Any, path: Path | str, vocabulary: Vocabulary | None) ->
     if own is None:
         return vocabulary, numbered
     places = {name: index for index, name in enumerate(vocabulary.names)}
-    named = {number: places[name] for number, name in zip(own.ids, own.names, strict=True) if name in places}
-    contradicted = any(numbered.get(number) != index for number, index in named.items())
-    return vocabulary, named if contradicted else numbered
+    by_name = {number: places[name] for number, name in zip(own.ids, own.names, strict=True) if name in places}
+    contradicted = any(numbered.get(number) != index for number, index in by_name.items())
+    return vocabulary, by_name if contradicted else numbered
 
 
 def matched(truth: Mapping[Key, Image], given: Mapping[Key, Image]) -> dict[Key, Key]:
@@ -125,7 +132,7 @@ def write(path: Path | str, content: Mapping[str, list[Any]]) -> None:
         for number, (name, entries) in enumerate(content.items()):
             file.write(f"{',' if number else '{'}\n{json.dumps(name)}: [")
             for place, entry in enumerate(entries):
-                file.write((",\n" if place else "\n") + json.dumps(entry, ensure_ascii=False))
+                file.write((",\n" if place else "\n") + json.dumps(entry, ensure_ascii=False, allow_nan=False))
             file.write("\n]")
         file.write("\n}\n")
 
@@ -137,25 +144,32 @@ def shortest(score: float) -> float:
 
 def _vocabulary(told: list[Any], path: Path | str) -> Vocabulary:
     names, things, colors, ids = [], set(), [], []
-    spare = contrasting(len(told))
     for index, row in enumerate(told):
         place = f"{path}: categories[{index}]"
-        number, name = (row.get("id"), row.get("name")) if isinstance(row, dict) else (None, None)
+        row = row if isinstance(row, dict) else {}
+        number, name = row.get("id"), row.get("name")
         if type(number) is not int or not isinstance(name, str) or not name:
             raise FormatError(f"{place}: should have a number as `id` and a `name`, got {number!r} and {name!r}")
         if number in ids:
             raise FormatError(f"{place} ({name}): id {number} is that of {names[ids.index(number)]} already")
         if row.get("isthing", 1):
             things.add(index)
-        color = row.get("color")
-        fine = isinstance(color, list) and len(color) == 3 and all(type(c) is int and 0 <= c < 256 for c in color)
         names.append(name)
         ids.append(number)
-        colors.append(tuple(color) if fine else spare[index])
+        colors.append(_color(row.get("color")))
+    spare = contrasting(len(told)) if None in colors else ()
+    colors = [color or spare[index] for index, color in enumerate(colors)]
     try:
         return Vocabulary(tuple(names), frozenset(things), tuple(colors), tuple(ids))
     except ValueError as error:
         raise FormatError(f"{path}: categories: {error}") from error
+
+
+def _color(told: Any) -> tuple[int, int, int] | None:
+    match told:
+        case [int(red), int(green), int(blue)] if all(0 <= part < 256 for part in told):
+            return red, green, blue
+    return None
 
 
 def _some(index: Mapping[int, int]) -> str:

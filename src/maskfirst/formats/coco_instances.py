@@ -8,7 +8,7 @@ import math
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from maskfirst.formats.coco import (
     write,
 )
 from maskfirst.formats.instances import Instances
+from maskfirst.frames import Size
 from maskfirst.types import Segments, Vocabulary
 
 
@@ -119,12 +120,15 @@ class InstancesWriter:
     def add(self, key: Key, file_name: str, found: Segments | Instances) -> None:
         """The instances of the picture that the file is to call `key`."""
         found = Instances.of(found) if isinstance(found, Segments) else found
-        picture = {"id": key, "file_name": file_name, "height": found.size[0], "width": found.size[1]}
-        annotations = [record | {"image_id": key} for record in records(found, self.vocabulary)]
+        self.add_records(key, file_name, found.size, records(found, self.vocabulary))
+
+    def add_records(self, key: Key, file_name: str, size: Size, told: Sequence[Mapping[str, Any]]) -> None:
+        """As `add`, of a picture of `size` (height, width) px whose `records` are there already."""
+        picture = {"id": key, "file_name": file_name, "height": size[0], "width": size[1]}
         with self._lock:
             if key in self._pictures:
                 raise ValueError(f"picture {key!r} is added twice")
-            self._pictures[key] = (picture, annotations)
+            self._pictures[key] = (picture, [{"image_id": key, **record} for record in told])
 
     def close(self) -> None:
         """Raises DiskError."""

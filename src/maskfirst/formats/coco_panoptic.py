@@ -20,7 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 from maskfirst.data.images import ImageError, read_label_map
 from maskfirst.files import write_aside
 from maskfirst.formats import FormatError
-from maskfirst.formats.coco import Key, as_categories, categories, class_of, images, load, rows, shortest, write
+from maskfirst.formats.coco import Key, as_categories, categories, class_of, images, load, named, rows, shortest, write
+from maskfirst.frames import Size
 from maskfirst.types import VOID, SegmentMap, Vocabulary
 
 
@@ -74,15 +75,14 @@ class CocoPanoptic:
             )
         return SegmentMap(
             torch.from_numpy(self._ids(packed, picture, png)),
-            torch.tensor([segment.index for segment in picture.segments], dtype=torch.int64),
+            torch.tensor([segment.kind for segment in picture.segments], dtype=torch.int64),
             torch.tensor([segment.score for segment in picture.segments], dtype=torch.float),
             torch.tensor([segment.crowd for segment in picture.segments], dtype=torch.bool),
         )
 
     def _add(self, row: Any, place: str) -> None:
-        key, name = (row.get("image_id"), row.get("file_name")) if isinstance(row, dict) else (None, None)
-        if type(key) not in (int, str) or not isinstance(name, str) or not name:
-            raise FormatError(f"{place}: should have an `image_id` and a `file_name`, got {key!r} and {name!r}")
+        row = row if isinstance(row, dict) else {}
+        key, name = named(row, "image_id", place)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise FormatError(f"{place}: file_name {name!r} leads out of the folder of PNGs")
         if self.images and key not in self.images:
@@ -105,8 +105,8 @@ class CocoPanoptic:
                 raise FormatError(f"{where}: iscrowd should be 0 or 1, got {segment.crowd!r}")
             if type(segment.score) not in (int, float) or not math.isfinite(segment.score):
                 raise FormatError(f"{where}: score should be a number, got {segment.score!r}")
-            index = class_of(segment.category, self.index, where)
-            segments[segment.number] = _Segment(index, bool(segment.crowd), float(segment.score))
+            kind = class_of(segment.category, self.index, where)
+            segments[segment.number] = _Segment(kind, bool(segment.crowd), float(segment.score))
         self._annotations[key] = _Picture(name, np.array(list(segments), np.int32), tuple(segments.values()))
 
     def _ids(self, packed: Int32[np.ndarray, "H W"], picture: "_Picture", png: Path) -> Int32[np.ndarray, "H W"]:
@@ -154,10 +154,10 @@ class PanopticWriter:
         `notes`: text kept in the PNG.
         """
         _write_png(self.folder / _png(file_name), found, self.vocabulary, notes or {})
-        self.add_written(key, file_name, (found.ids.shape[0], found.ids.shape[1]), records(found, self.vocabulary))
+        self.add_records(key, file_name, (found.ids.shape[0], found.ids.shape[1]), records(found, self.vocabulary))
 
-    def add_written(self, key: Key, file_name: str, size: tuple[int, int], told: Sequence[Mapping[str, Any]]) -> None:
-        """As `add`, of a picture of `size` (height, width) px whose PNG is there already; `told`: its `records`."""
+    def add_records(self, key: Key, file_name: str, size: Size, told: Sequence[Mapping[str, Any]]) -> None:
+        """As `add`, of a picture of `size` (height, width) px whose PNG and `records` are there already."""
         picture = {"id": key, "file_name": file_name, "height": size[0], "width": size[1]}
         with self._lock:
             if key in self._pictures:
@@ -256,7 +256,7 @@ class _Told(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    index: int
+    kind: int
     crowd: bool
     score: float
 

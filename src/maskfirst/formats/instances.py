@@ -30,8 +30,8 @@ class Instances:
     @classmethod
     def of(cls, segments: Segments) -> "Instances":
         height, width = segments.masks.shape[-2:]
-        rest = (t.cpu() for t in (segments.classes, segments.scores, segments.crowd))
-        return cls(rle.encode(segments.masks), *rest, (height, width))
+        segments = segments.to("cpu")
+        return cls(rle.encode(segments.masks), segments.classes, segments.scores, segments.crowd, (height, width))
 
     def __len__(self) -> int:
         return len(self.rles)

