@@ -157,7 +157,7 @@ def test_pretrained_weights_come_with_resized_positions(monkeypatch: pytest.Monk
             assert torch.equal(tensor[:, :1], theirs[name][:, :1])
         else:
             assert torch.equal(tensor, theirs[name])
-    with pytest.raises(ValueError, match="leave out width, depth and patch"):
+    with pytest.raises(ValueError, match="leave out width and depth"):
         TimmViT((64, 64), width=96, pretrained=True, **SMALL)
 
 

@@ -1,15 +1,17 @@
 """Plain ViT from timm, opened block by block, and the maps tapped from its residual stream.
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; tapped and shrunk as in SegViT (Zhang et al., 2022).
+Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; tapped and shrunk as in SegViT (Zhang et al., 2022). DINOv2 (Oquab
+et al., 2023) adds register tokens and scaled layers, DINOv3 (Siméoni et al., 2025) positions that turn queries and keys.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,26 +36,49 @@ def load_timm() -> Any:
     return timm
 
 
-def resize_positions(table: Float[Tensor, "1 M D"], grid: Size) -> Float[Tensor, "1 N D"]:
+def resize_positions(table: Float[Tensor, "1 M D"], grid: Size, antialias: bool = False) -> Float[Tensor, "1 N D"]:
     """The square grid in the last rows of a position table, bicubic to `grid`; leading rows (class token) are dropped.
 
-    Half-pixel centres, no antialias (mmseg's `resize_pos_embed`).
+    Half-pixel centres. Without antialias as mmseg's `resize_pos_embed`, with it as DINOv2 with registers; even where
+    nothing shrinks, the two have other weights.
     """
     side = int(table.shape[1] ** 0.5)
     square = table[:, table.shape[1] - side * side :]
     if grid == (side, side):
         return square
     maps = square.transpose(1, 2).reshape(1, -1, side, side)
-    return F.interpolate(maps, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    maps = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return maps.flatten(2).transpose(1, 2)
+
+
+def rotations(periods: Float[Tensor, " P"], grid: Size, leading: int, zoom: float = 1.0) -> Float[Tensor, "N 8*P"]:
+    """Sines, then cosines, by which DINOv3 turns the 4P channels of a head, for `leading` tokens and the grid's patches.
+
+    The leading ones stay as they are. A patch's centre lies in -1..1 on each axis, times `zoom`; the first P of the pairs
+    (channel c with c + 2P) turn by its y, the others by its x, once in each of `periods`.
+    """
+    height, width = grid
+    steps = (torch.arange(side, device=periods.device).add(0.5).mul(2 / side).sub(1) for side in grid)
+    rows, columns = (2 * math.pi * zoom * step[:, None] / periods for step in steps)
+    parts = []
+    for turn, idle in ((torch.sin, 0.0), (torch.cos, 1.0)):
+        down = turn(rows)[:, None].expand(-1, width, -1)
+        across = turn(columns)[None].expand(height, -1, -1)
+        half = torch.cat([down, across], -1).flatten(0, 1)
+        parts.append(F.pad(half.repeat(1, 2), (0, 0, leading, 0), value=idle))
+    return torch.cat(parts, -1)
 
 
 class TimmViT(Trunk, Resizable):
-    """A plain ViT of timm's: patch tokens only, the class token being embedded and dropped as SegViT does.
+    """A plain ViT of timm's, those of DINOv2 and DINOv3 among them.
 
     `size`: the square picture, px, whose grid the position table has; other grids interpolate it at run time. `model`: timm's
     name, with a tag such as `.augreg_in21k_ft_in1k` to choose among its pretrained weights; `pretrained` downloads them.
     `drop_path_on`: the branches that are dropped in training, "mlp" (mmseg 0.24) or "both" (mmseg before and after).
     `final_norm`: without it `norm` is the identity and has no parameters. `norm_eps`: of every LayerNorm; None: the model's.
+    `class_token`: whether it and the registers lead the patches through the blocks, or are embedded and dropped as SegViT
+    does; None: where there are registers. `zoom`: in training the coordinates of DINOv3's patches are multiplied by a factor
+    drawn log-uniformly from 1/zoom..zoom for every batch, as its own training does with 2; None: never.
     """
 
     def __init__(
@@ -68,6 +93,8 @@ class TimmViT(Trunk, Resizable):
         drop_path_on: Literal["mlp", "both"] = "both",
         final_norm: bool = True,
         norm_eps: float | None = None,
+        class_token: bool | None = None,
+        zoom: float | None = None,
         pretrained: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
@@ -92,9 +119,19 @@ class TimmViT(Trunk, Resizable):
             num_classes=0,
             global_pool="",
             drop_path_rate=drop_path,
-            final_norm=final_norm,
             **{key: value for key, value in chosen.items() if value is not None},
         )
+        self.rotary = isinstance(self.vit, timm.models.eva.Eva)
+        if type(self.vit) not in (timm.models.vision_transformer.VisionTransformer, timm.models.eva.Eva) or (
+            self.rotary and not isinstance(self.vit.rope, timm.layers.RotaryEmbeddingDinoV3)
+        ):
+            raise ValueError(
+                f"'{model}' has positions of a kind that this trunk does not know; take a DINOv3 or a plain ViT"
+            )
+        if not final_norm:
+            self.vit.norm = nn.Identity()
+        registers = self.vit.reg_token is not None
+        self.antialias = registers
         if pretrained:
             try:
                 trained = timm.create_model(model, pretrained=True, num_classes=0, global_pool="")
@@ -110,6 +147,17 @@ class TimmViT(Trunk, Resizable):
         self.width = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
         self.patch = self.vit.patch_embed.patch_size[0]
+        if class_token is None:
+            class_token = registers
+        if self.rotary and not class_token:
+            raise ValueError(
+                f"class_token false: '{model}' turns what follows its class token and registers; keep them"
+            )
+        if zoom is not None and (zoom < 1 or not self.rotary):
+            raise ValueError(f"zoom {zoom} is for the coordinates of DINOv3, and at least 1")
+        self.prefix = self.vit.num_prefix_tokens if class_token else 0
+        self.zoom = zoom
+        self.zoomed = 1.0
         self.mean = mean
         self.shift: Tensor
         self.scale: Tensor
@@ -118,11 +166,14 @@ class TimmViT(Trunk, Resizable):
 
     def _start_from(self, trained: nn.Module) -> None:
         """Takes over the weights of a ViT of another size. timm would resize the positions with other bicubic weights."""
-        theirs = trained.state_dict()
-        theirs["pos_embed"] = self.resize_from("vit.pos_embed", theirs["pos_embed"])
-        own = self.vit.state_dict()
-        if any(theirs.get(name) is None or theirs[name].shape != tensor.shape for name, tensor in own.items()):
-            raise ValueError("pretrained weights are for the model as timm has it; leave out width, depth and patch")
+        theirs, own = trained.state_dict(), self.vit.state_dict()
+        for name, tensor in own.items():
+            found = theirs.get(name)
+            if found is not None and found.shape != tensor.shape:
+                found = self.resize_from(f"vit.{name}", found)
+            if found is None or found.shape != tensor.shape:
+                raise ValueError("pretrained weights are for the model as timm has it; leave out width and depth")
+            theirs[name] = found
         self.vit.load_state_dict({name: theirs[name] for name in own})
 
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
@@ -131,19 +182,51 @@ class TimmViT(Trunk, Resizable):
         pixels = F.pad(pixels, (0, -width % self.patch, 0, -height % self.patch))
         maps = self.vit.patch_embed.proj(pixels)
         grid = (maps.shape[-2], maps.shape[-1])
-        positions = resize_positions(self.vit.pos_embed, grid)
-        if self.vit.cls_token is not None:
-            # The class token is a parameter that nothing reads; times zero it keeps a gradient, which several
-            # processes need from every parameter, and weight decay as in the original.
-            positions = positions + 0.0 * self.vit.cls_token
-        return maps.flatten(2).transpose(1, 2) + positions, grid
+        patches = maps.flatten(2).transpose(1, 2)
+        table: Tensor | None = self.vit.pos_embed
+        positions = None if table is None else resize_positions(table, grid, self.antialias)
+        special = [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
+        if self.prefix:
+            leading = torch.cat(special, 1)
+            if table is not None and not self.vit.no_embed_class:
+                leading = leading + table[:, : self.prefix]
+            if positions is not None:
+                patches = patches + positions
+            self.zoomed = self._draw_zoom()
+            return torch.cat([leading.expand(len(pixels), -1, -1), patches], 1), grid
+        for token in special:
+            # They are parameters that nothing reads; times zero they keep a gradient, which several processes need from
+            # every parameter, and weight decay as in the original.
+            positions = (0.0 if positions is None else positions) + 0.0 * token.sum(1, keepdim=True)
+        return patches if positions is None else patches + positions, grid
 
-    def block(self, index: int, tokens: Float[Tensor, "B N D"], grid: Size) -> Float[Tensor, "B N D"]:
-        return self.vit.blocks[index](tokens)
+    def _draw_zoom(self) -> float:
+        """What multiplies the coordinates in the blocks until the next picture is embedded."""
+        if self.zoom is None or not self.training:
+            return 1.0
+        most = math.log(self.zoom)
+        return torch.empty(1).uniform_(-most, most).exp().item()
+
+    def block(
+        self,
+        index: int,
+        tokens: Float[Tensor, "B N D"],
+        grid: Size,
+        mask: Bool[Tensor, "B N N"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        block, seen = self.vit.blocks[index], None if mask is None else mask[:, None]
+        if not self.rotary:
+            return block(tokens, attn_mask=seen)
+        # timm leaves the first tokens as they are, as many as its own prefix has, and turns all others.
+        leading = tokens.shape[1] - grid[0] * grid[1] - self.vit.num_prefix_tokens
+        turns = rotations(self.vit.rope.periods, grid, leading, self.zoomed)
+        return block(tokens, rope=turns, attn_mask=seen)
 
     def shrink_block(
         self, index: int, queries: Float[Tensor, "B M D"], tokens: Float[Tensor, "B N D"]
     ) -> Float[Tensor, "B M D"]:
+        if self.rotary:
+            raise UserError("a DINOv3 cannot be shrunk, as its blocks turn tokens by their places; take another trunk")
         block = self.vit.blocks[index]
         attention = block.attn
         weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
@@ -155,23 +238,32 @@ class TimmViT(Trunk, Resizable):
             for source, weight, bias in zip(sources, weights, biases, strict=True)
         )
         seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        queries = queries + block.drop_path1(attention.proj(seen))
-        return queries + block.drop_path2(block.mlp(block.norm2(queries)))
+        queries = queries + block.drop_path1(block.ls1(attention.proj(seen)))
+        return queries + block.drop_path2(block.ls2(block.mlp(block.norm2(queries))))
 
     def norm(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return self.vit.norm(tokens)
 
     def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Position tables of other sizes are resized bicubically, the class row kept."""
+        """Position tables of other sizes are resized bicubically, the class row kept; patch kernels as FlexiViT's.
+
+        Beyer et al., "FlexiViT: One Model for All Patch Sizes", 2023, which is how EoMT takes DINOv2 from 14 to 16 px.
+        """
+        if name == "vit.patch_embed.proj.weight":
+            own = self.vit.patch_embed.proj.weight
+            if tensor.ndim != 4 or tensor.shape[:2] != own.shape[:2]:
+                return None
+            return load_timm().layers.resample_patch_embed(tensor.float(), list(own.shape[-2:])).to(tensor.dtype)
         own = self.vit.pos_embed
-        if name != "vit.pos_embed" or tensor.ndim != 3 or tensor.shape[-1] != own.shape[-1]:
+        if name != "vit.pos_embed" or own is None or tensor.ndim != 3 or tensor.shape[-1] != own.shape[-1]:
             return None
         side = int(tensor.shape[1] ** 0.5)
         leading = tensor.shape[1] - side * side
         goal = int(own.shape[1] ** 0.5)
         if leading != own.shape[1] - goal * goal:
             return None
-        return torch.cat([tensor[:, :leading], resize_positions(tensor.float(), (goal, goal)).to(tensor.dtype)], 1)
+        positions = resize_positions(tensor.float(), (goal, goal), self.antialias).to(tensor.dtype)
+        return torch.cat([tensor[:, :leading], positions], 1)
 
 
 def _check_depths(depths: Sequence[int], trunk: Trunk) -> tuple[int, ...]:
@@ -190,7 +282,8 @@ def _tapped(tokens: Tensor, grid: Size, depths: Sequence[int], step: Step) -> li
     for index in range(depths[-1] + 1):
         tokens, grid = step(index, tokens, grid)
         if index in depths:
-            maps.append(tokens.transpose(1, 2).unflatten(2, grid))
+            patches = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
+            maps.append(patches.transpose(1, 2).unflatten(2, grid))
     return maps
 
 
@@ -225,6 +318,10 @@ class ShrunkTaps(Backbone):
         self.depths = _check_depths(depths, trunk)
         if not 0 < shrink <= self.depths[-1]:
             raise ValueError(f"shrink {shrink} must be a block in 1..{self.depths[-1]}, before the last tap")
+        if trunk.prefix:
+            raise ValueError(
+                "a grid of patches is shrunk, without tokens before it; set the trunk's class_token to false"
+            )
         self.shrink = shrink
         self.channels = (trunk.width,) * len(self.depths)
         self.strides = tuple(trunk.patch if depth < shrink else 2 * trunk.patch for depth in self.depths)

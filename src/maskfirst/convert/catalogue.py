@@ -13,7 +13,7 @@ from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
 from maskfirst.contracts import Resizable
-from maskfirst.convert import segvit, vit
+from maskfirst.convert import eomt, segvit, vit
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
 from maskfirst.errors import UserError
@@ -34,7 +34,7 @@ class Whole:
     """An origin of whole models. Its functions are given the foreign keys, or the tensors by them.
 
     `describe`: what the tensors are, in words. `plan`: the bundled recipe of the very same model, with overrides, or None;
-    both may raise LookupError where a key or an axis is missing.
+    both may raise LookupError where a key or an axis is missing, UserError for tensors that cannot be taken over.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Part:
 _TRUNK = "proposer.backbone.trunk"
 ORIGINS: tuple[Whole | Part, ...] = (
     Whole("SegViT", segvit.recognises, lambda tensors: str(segvit.facts(tensors)), segvit.plan, segvit.rules),
+    Whole("EoMT", eomt.recognises, lambda tensors: str(eomt.facts(tensors)), eomt.plan, eomt.rules),
     Part("a ViT of mmseg's", vit.is_mmseg, _TRUNK, vit.MMSEG.build, vit.mmseg_rules),
     Part("a ViT of AugReg's (JAX)", vit.is_jax, _TRUNK, vit.JAX.build, vit.jax_rules),
     Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, vit.timm_rules),
@@ -139,6 +140,8 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
             raise _lacking(checkpoint, origin.name, error) from error
         # The recipe tells all that is wrong.
         holds, plan = origin.name, None
+    except UserError as error:
+        raise ConvertError(f"{checkpoint}: {error}") from error
     overrides: tuple[str, ...] = ()
     if recipe is None:
         if plan is None:
