@@ -49,8 +49,16 @@ class Layers:
                 layer = np.full(found.size, VOID, np.int32)
                 layers.append(layer)
             layer[window][inside] = number
-        ids = np.stack(layers) if layers else np.full((1, *found.size), VOID, np.int32)
-        return cls(torch.from_numpy(ids), found.classes, found.crowd)
+        if not layers:
+            # Those that there may be have no pixel.
+            return cls(torch.full((1, *found.size), VOID, dtype=torch.int32), found.classes, found.crowd)
+        return cls(torch.from_numpy(np.stack(layers)), found.classes, found.crowd)
+
+    @classmethod
+    def none(cls, size: Size) -> "Layers":
+        """Of a picture without any segment."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return cls(torch.full((1, *size), VOID, dtype=torch.int32), nothing, nothing.bool())
 
 
 class Annotated(Dataset):

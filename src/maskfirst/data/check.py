@@ -1,9 +1,9 @@
-"""What is wrong with data sets, found before a GPU is rented: every picture and label map is read once."""
+"""What is wrong with data sets, found before a GPU is rented: every picture and all of its truth is read once."""
 
 import hashlib
 import itertools
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from maskfirst.contracts import Dataset
+from maskfirst.data.annotated import Annotated
 from maskfirst.data.coding import UNKNOWN, Code, Coding, distinct, first
 from maskfirst.data.folder import Pair, Paired
 from maskfirst.data.images import ImageError, read_image, read_label_map
@@ -24,7 +25,9 @@ from maskfirst.errors import UserError
 from maskfirst.files import write_aside
 from maskfirst.types import VOID, Sample, Vocabulary
 
-Kind = Literal["unreadable", "no label", "no image", "size", "value", "ignore", "shift", "absent", "leak", "vocabulary"]
+Kind = Literal[
+    "unreadable", "no label", "no image", "size", "annotation", "value", "ignore", "shift", "absent", "leak", "vocabulary"
+]
 SHEET = 12
 """Pictures on the contact sheet."""
 _AT_ONCE = 256
@@ -56,10 +59,13 @@ class Frequency:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. `images`, `void` (pixels without a class) and `frequencies` by split; `sheet`: the contact sheet."""
+    """What was found. By split: `images`, `empty` (those of them that show nothing that has a class, which is no fault),
+    `void` (pixels without a class) and `frequencies`. `sheet`: the contact sheet.
+    """
 
     problems: list[Problem]
     images: dict[str, int]
+    empty: dict[str, int]
     void: dict[str, int]
     frequencies: dict[str, list[Frequency]]
     sheet: Path | None = None
@@ -80,6 +86,8 @@ class _Look:
     numbers: Mapping[int, int] = field(default_factory=dict)
     firsts: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     """(y, x) of the first pixel of every number that is no class."""
+    wrong: str | None = None
+    """What is wrong with its annotations."""
 
 
 def check(
@@ -95,6 +103,7 @@ def check(
     """
     looks: dict[str, list[_Look]] = {}
     tasks = {split: _tasks(dataset) for split, dataset in datasets.items()}
+    warned = {split: _warnings(dataset) for split, dataset in datasets.items()}
     total = sum(map(len, tasks.values()))
     done = 0
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
@@ -106,22 +115,24 @@ def check(
                     done += 1
                     if progress:
                         progress(done, total)
-    problems, frequencies, void = [], {}, {}
+    problems, frequencies, void, empty = [], {}, {}, {}
     for split, dataset in datasets.items():
         coding = dataset.coding if isinstance(dataset, Paired) else None
         if isinstance(dataset, Paired):
             problems += _lone_files(split, dataset)
         problems += _broken(split, looks[split])
+        problems += _wrong(split, looks[split], _warnings(dataset) - warned[split])
         if coding:
             problems += _unknown(split, coding, looks[split])
         pixels = _per_class(coding, looks[split])
         frequencies[split], void[split] = _frequencies(dataset.vocabulary, pixels), pixels[VOID][0]
+        empty[split] = _empty(coding, looks[split])
         problems += _absent(split, frequencies[split])
     problems += _misread(datasets, looks)
     problems += _leaks(looks)
     problems += _vocabularies(datasets)
     written = _draw(next(iter(datasets.values())), sheet) if sheet and datasets else None
-    return Report(problems, {split: len(found) for split, found in looks.items()}, void, frequencies, written)
+    return Report(problems, {split: len(found) for split, found in looks.items()}, empty, void, frequencies, written)
 
 
 def _tasks(dataset: Dataset) -> list[Callable[[], _Look]]:
@@ -160,13 +171,20 @@ def _look_at_pair(dataset: Paired, pair: Pair) -> _Look:
 def _look_at_sample(dataset: Dataset, index: int) -> _Look:
     try:
         sample = dataset[index]
-    except UserError as error:
+    except ImageError as error:
         return _Look(str(index), (str(error),))
-    segments = torch.bincount(sample.ids.flatten() + 1, minlength=len(sample.classes) + 1).tolist()
-    numbers = defaultdict(int, {VOID: segments[0]})
-    for number, pixels in zip(sample.classes.tolist(), segments[1:], strict=True):
+    except UserError as error:
+        return _Look(str(index), wrong=str(error))
+    segments = torch.bincount(sample.ids.flatten() + 1, minlength=len(sample.classes) + 1)[1:].tolist()
+    numbers = defaultdict(int, {VOID: int((sample.ids == VOID).all(0).sum())})
+    for number, pixels in zip(sample.classes.tolist(), segments, strict=True):
         numbers[number] += pixels
     return _Look(sample.key, digest=_digest(sample.image), numbers=numbers)
+
+
+def _warnings(dataset: Dataset) -> Counter[str]:
+    """What the data set has counted so far."""
+    return Counter(dataset.warnings) if isinstance(dataset, Annotated) else Counter()
 
 
 def _digest(image: UInt8[Tensor, "3 H W"]) -> bytes:
@@ -207,6 +225,21 @@ def _broken(split: str, looks: Sequence[_Look]) -> Iterator[Problem]:
             "save the label maps at the size of their images",
             tuple(look.place for look in misfits),
         )
+
+
+def _wrong(split: str, looks: Sequence[_Look], odd: Mapping[str, int]) -> Iterator[Problem]:
+    """Annotations that cannot be taken, and those that can but are hardly meant."""
+    wrong = [look.wrong for look in looks if look.wrong]
+    if wrong:
+        yield Problem(
+            "annotation",
+            split,
+            f"pictures whose annotations are wrong: {len(wrong)} of {len(looks)} ({_some(wrong)})",
+            "correct the annotations, or leave the pictures out; training ends at the first",
+            tuple(wrong),
+        )
+    for what, count in odd.items():
+        yield Problem("annotation", split, f"{what}: {count}", "correct them if that is not as it should be")
 
 
 def _unknown(split: str, coding: Code, looks: Sequence[_Look]) -> Iterator[Problem]:
@@ -304,6 +337,12 @@ def _per_class(coding: Code | None, looks: Sequence[_Look]) -> dict[int, list[in
 
 def _frequencies(vocabulary: Vocabulary, found: Mapping[int, list[int]]) -> list[Frequency]:
     return [Frequency(name, *found.get(index, (0, 0))) for index, name in enumerate(vocabulary.names)]
+
+
+def _empty(coding: Code | None, looks: Sequence[_Look]) -> int:
+    """How many of the pictures that could be read have no pixel with a class."""
+    read = [look.numbers for look in looks if look.numbers]
+    return sum(all((coding.meaning(n) if coding else n) < 0 for n, pixels in seen.items() if pixels) for seen in read)
 
 
 def _absent(split: str, frequencies: Sequence[Frequency]) -> Iterator[Problem]:
