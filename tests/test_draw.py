@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskfirst import draw
 from maskfirst.data.images import read_label_map
-from maskfirst.types import VOID, Segments, Vocabulary
+from maskfirst.types import VOID, SegmentMap, Segments, Vocabulary
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
 VOCABULARY = Vocabulary(("sky", "road", "car"), frozenset({2}), (RED, GREEN, BLUE), (0, 1, 2))
@@ -64,7 +64,7 @@ def test_contours_are_opaque_on_both_sides_of_a_border_and_nowhere_else():
 def test_opacity_0_leaves_contours_only():
     image, labels = scene()
     painted = np.asarray(draw.overlay(image, Segments.from_label_map(labels), VOCABULARY, opacity=0.0))
-    edge = draw.contours(draw.segment_map(Segments.from_label_map(labels))) & (labels.numpy() != VOID)
+    edge = draw.contours(SegmentMap.of(Segments.from_label_map(labels)).ids) & (labels.numpy() != VOID)
     assert (painted[~edge] == 100).all()
     assert (painted[edge] != 100).any(-1).all()
 
@@ -79,7 +79,7 @@ def test_later_segments_lie_on_top_as_in_the_label_map():
     masks = torch.zeros(2, 4, 6, dtype=torch.bool)
     masks[0, :, :4] = masks[1, :, 2:] = True
     segments = Segments(masks, torch.tensor([1, 0]), torch.ones(2), torch.zeros(2, dtype=torch.bool))
-    order = draw.segment_map(segments)
+    order = SegmentMap.of(segments).ids
     assert order[0].tolist() == [0, 0, 1, 1, 1, 1]
     assert torch.equal(segments.classes[order.long()], segments.label_map())
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int16, Int64, UInt8
+from jaxtyping import Bool, Int, Int32, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from maskfirst.files import write_aside
 from maskfirst.frames import Size
-from maskfirst.types import VOID, Segments, Vocabulary
+from maskfirst.types import VOID, SegmentMap, Segments, Vocabulary
 
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -31,15 +32,6 @@ PANEL_SIDES = (360, 960)
 """px, least and most, of the longer side of a picture in `side_by_side`."""
 
 
-def segment_map(segments: Segments) -> Int16[Tensor, "H W"]:
-    """The index of the segment at every pixel, VOID for none, on the CPU; where segments overlap the later one wins."""
-    masks = segments.masks.cpu().numpy()
-    order = np.full(masks.shape[1:], VOID, np.int16)
-    for index, mask in enumerate(masks):
-        np.copyto(order, np.int16(index), where=mask)
-    return torch.from_numpy(order)
-
-
 def segment_colors(classes: Int64[Tensor, " N"], vocabulary: Vocabulary) -> list[Color]:
     """A colour for each segment: its class's, tinted from the second segment of a class on."""
     seen: dict[int, int] = {}
@@ -52,14 +44,14 @@ def segment_colors(classes: Int64[Tensor, " N"], vocabulary: Vocabulary) -> list
     return colors
 
 
-def contours(order: Int16[Tensor, "H W"]) -> Bool[np.ndarray, "H W"]:
-    """The pixels on both sides of every border between segments; the wider, the larger the picture.
+def contours(ids: Int32[Tensor, "H W"]) -> Bool[np.ndarray, "H W"]:
+    """The pixels on both sides of every border between the segments of a map; the wider, the larger the picture.
 
     Drawn by numpy, not torch, like all that writers do in threads: each would start torch's thread pool anew.
     """
-    width = max(1, round(max(order.shape) / 600))
-    edge = np.zeros(order.shape, bool)
-    for values, marks in ((order.numpy(), edge), (order.numpy().T, edge.T)):
+    width = max(1, round(max(ids.shape) / 600))
+    edge = np.zeros(ids.shape, bool)
+    for values, marks in ((ids.numpy(), edge), (ids.numpy().T, edge.T)):
         differs = values[width:] != values[:-width]
         marks[width:] |= differs
         marks[:-width] |= differs
@@ -78,24 +70,63 @@ def overlay(
 
     `opacity` 0..1 of the fill. The size is the picture's.
     """
-    return paint(to_picture(image), segment_map(segments), segment_colors(segments.classes, vocabulary), opacity)
+    colors = segment_colors(segments.classes, vocabulary)
+    return paint(to_picture(image), SegmentMap.of(segments).ids, colors, opacity)
 
 
 def paint(
-    picture: Image.Image, order: Int16[Tensor, "H W"], colors: Sequence[Color], opacity: float = 0.5
+    picture: Image.Image, ids: Int32[Tensor, "H W"], colors: Sequence[Color], opacity: float = 0.5
 ) -> Image.Image:
-    """`overlay` from a segment map of the picture's size, with one colour a segment. A new picture."""
-    indices = order.numpy()
+    """`overlay` from the ids of a segment map of the picture's size, with one colour a segment. A new picture."""
+    indices = ids.numpy()
     # (r, g, b, opacity) of each segment as one 32-bit word, which is looked up at once; void is the last (index -1).
     words = np.zeros((len(colors) + 1, 4), np.uint8)
     words[:-1, :3] = np.array(colors, np.uint8).reshape(-1, 3)
     words[:-1, 3] = round(255 * opacity)
     layer = words.view(np.uint32)[:, 0].take(indices, mode="wrap").view(np.uint8).reshape(*indices.shape, 4)
-    layer[..., 3][contours(order) & (indices != VOID)] = 255
+    layer[..., 3][contours(ids) & (indices != VOID)] = 255
     cover = Image.fromarray(layer)
     painted = picture.copy()
     painted.paste(cover, mask=cover)
     return painted
+
+
+def captions(found: SegmentMap, vocabulary: Vocabulary) -> list[str]:
+    """What to write on each segment: its name, and for things the score."""
+    return [
+        f"{vocabulary.names[index]} {score:.0%}" if index in vocabulary.things else vocabulary.names[index]
+        for index, score in zip(found.classes.tolist(), found.scores.tolist(), strict=True)
+    ]
+
+
+def caption(picture: Image.Image, found: SegmentMap, texts: Sequence[str], colors: Sequence[Color]) -> Image.Image:
+    """The picture with a plate of its text and colour on every segment of a map of its size. A new picture.
+
+    A plate lies where its segment is thickest, or beside one that is smaller than it, and always inside of the picture. Where
+    no room is left beside the plates of larger segments there is none.
+    """
+    captioned = picture.copy()
+    pen = ImageDraw.Draw(captioned)
+    size = max(11, round(max(picture.size) / 50))
+    font, pad = _font(size), math.ceil(size / 5)
+    areas, boxes, ids = found.areas.tolist(), found.boxes.tolist(), found.ids.numpy()
+    taken: list[tuple[int, int, int, int]] = []
+    for index in sorted(range(len(found)), key=lambda index: -areas[index]):
+        if not areas[index]:
+            continue
+        text = _shortened(texts[index], font, picture.width - 2 * pad)
+        width, height = math.ceil(font.getlength(text)) + 2 * pad, math.ceil(1.2 * size) + pad
+        plate = _free(_places(ids, index, boxes[index], (width, height)), (width, height), picture.size, taken)
+        if plate is None:
+            continue
+        taken.append(plate)
+        left, top, right, bottom = plate
+        red, green, blue = colors[index]
+        pen.rounded_rectangle((left, top, right - 1, bottom - 1), pad, fill=colors[index])
+        # The eye sees green brightest; weights of ITU-R BT.601.
+        bright = 0.299 * red + 0.587 * green + 0.114 * blue > 140
+        pen.text(((left + right) / 2, (top + bottom) / 2), text, fill=INK if bright else PAPER, font=font, anchor="mm")
+    return captioned
 
 
 def legend(
@@ -231,6 +262,42 @@ def _shortened(text: str, font: Font, width: int) -> str:
     return "…"
 
 
+def _places(
+    ids: Int32[np.ndarray, "H W"], index: int, box: Sequence[int], size: tuple[int, int]
+) -> list[tuple[float, float]]:
+    """Where the middle (x, y) of a plate of `size` (width, height) px may lie for a segment, the best first."""
+    left, top, right, bottom = box
+    across, (width, height) = (left + right) / 2, size
+    above, under = (across, top - height / 2 - 1), (across, bottom + height / 2 + 1)
+    if width > right - left or 2 * height > bottom - top:
+        return [above, under, (across, (top + bottom) / 2)]
+    # Every `step`-th pixel is enough to find where the segment is thickest; its own box is outside of it.
+    step = math.ceil(max(right - left, bottom - top) / 64)
+    mask = np.pad(ids[top:bottom:step, left:right:step] == index, 1)
+    y, x = np.unravel_index(distance_transform_edt(mask).argmax(), mask.shape)
+    thickest = (left + (x.item() - 0.5) * step, top + (y.item() - 0.5) * step)
+    beside = [(thickest[0], thickest[1] + way * (height + 1)) for way in (1, -1, 2, -2)]
+    return [thickest, *beside, above, under]
+
+
+def _free(
+    places: Sequence[tuple[float, float]],
+    size: tuple[int, int],
+    picture: tuple[int, int],
+    taken: Sequence[tuple[int, int, int, int]],
+) -> tuple[int, int, int, int] | None:
+    """The first place, moved into the picture, at which a plate covers no other: (left, top, right, bottom)."""
+    width, height = size
+    for x, y in places:
+        left = round(min(max(x - width / 2, 0), picture[0] - width))
+        top = round(min(max(y - height / 2, 0), picture[1] - height))
+        plate = (left, top, left + width, top + height)
+        apart = (plate[2] <= o[0] or o[2] <= plate[0] or plate[3] <= o[1] or o[3] <= plate[1] for o in taken)
+        if left >= 0 and top >= 0 and all(apart):
+            return plate
+    return None
+
+
 def _panel(
     image: UInt8[Tensor, "3 H W"], segments: Segments, vocabulary: Vocabulary, title: str, sides: tuple[int, int]
 ) -> Image.Image:
@@ -239,8 +306,8 @@ def _panel(
     factor = min(max(longer, sides[0]), sides[1]) / longer
     height, width = (max(1, round(length * factor)) for length in image.shape[-2:])
     picture = to_picture(image).resize((width, height), Image.Resampling.BICUBIC)
-    order = _nearest(segment_map(segments), (height, width))
-    painted = paint(picture, order, segment_colors(segments.classes, vocabulary))
+    ids = _nearest(SegmentMap.of(segments).ids, (height, width))
+    painted = paint(picture, ids, segment_colors(segments.classes, vocabulary))
     text = text_size(max(width, height))
     head = Image.new("RGB", (width, math.ceil(1.8 * text)), PAPER)
     caption = _shortened(title, _font(text), width - text)
@@ -248,9 +315,9 @@ def _panel(
     return below(head, painted)
 
 
-def _nearest(order: Int16[Tensor, "H W"], size: Size) -> Int16[Tensor, "h w"]:
-    rows, columns = (((torch.arange(new) + 0.5) * old / new).long() for old, new in zip(order.shape, size, strict=True))
-    return order[rows][:, columns]
+def _nearest(ids: Int32[Tensor, "H W"], size: Size) -> Int32[Tensor, "h w"]:
+    rows, columns = (((torch.arange(new) + 0.5) * old / new).long() for old, new in zip(ids.shape, size, strict=True))
+    return ids[rows][:, columns]
 
 
 def _beside(panels: Sequence[Image.Image], width: int) -> Image.Image:
