@@ -8,6 +8,7 @@ import torch
 
 from maskfirst.build import MENUS, Experiment
 from maskfirst.contracts import Backbone, Criterion, Namer, Proposer, Trunk
+from maskfirst.data.vocabulary import from_names
 from maskfirst.errors import UserError
 from maskfirst.recipe import Recipe, construct, import_class
 from maskfirst.segmenter import Segmenter
@@ -19,6 +20,9 @@ TRIOS = (
     ("atm", "class_head", "fixed"),
     ("atm_single", "class_head", "fixed"),
     ("atm_shrunk", "class_head", "fixed"),
+    ("atm", "class_head", "set"),
+    ("mask2former", "class_head", "set"),
+    ("eomt", "class_head", "set"),
     ("dense", "given", "pixel"),
     ("dense", "oracle", "pixel"),
     ("oracle", "given", "pixel"),
@@ -30,6 +34,11 @@ BACKBONES: Mapping[str, Mapping[str, Any]] = {
     "taps": {"trunk": TRUNK, "depths": [0, 2]},
     "shrunk_taps": {"trunk": TRUNK, "depths": [0, 2], "shrink": 1},
     "stem_vit": {"channels": [4, 8, 16], "residuals": [1, 1], "width": 16, "depth": 1, "heads": 2, "channels_out": 8},
+    "pyramid": {"widths": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "heads": [1, 1, 2, 2], "window": 4},
+    "simple_pyramid": {
+        "backbone": {"kind": "taps", "trunk": TRUNK, "depths": [2]},
+        "width": 8,
+    },
 }
 SIZES = ((SIDE, SIDE), (45, 70), (33, 16))
 
@@ -40,7 +49,7 @@ def segmenter(proposer: str, namer: str, criterion: str, seed: int = 0) -> Segme
     tree = {"size": [SIDE, SIDE], "vocabulary": NAMES}
     tree |= {"proposer": examples[Proposer], "namer": examples[Namer], "criterion": examples[Criterion]}
     torch.manual_seed(seed)
-    return Experiment(Recipe(tree, "example.yaml")).segmenter()
+    return Experiment(Recipe(tree, "example.yaml"), from_names(NAMES, things=["car"])).segmenter()
 
 
 def sample(size: tuple[int, int], seed: int = 0) -> Sample:
@@ -164,7 +173,7 @@ def test_trunks_run_block_by_block(kind: str) -> None:
     with torch.inference_mode():
         tokens, grid = trunk.embed(torch.rand(1, 3, 45, 70) * 255)
         assert grid == (-(-45 // trunk.patch), -(-70 // trunk.patch))
-        assert tokens.shape == (1, grid[0] * grid[1], trunk.width)
+        assert tokens.shape == (1, trunk.prefix + grid[0] * grid[1], trunk.width)
         for index in range(trunk.depth):
             assert trunk.block(index, tokens, grid).shape == tokens.shape
         assert trunk.shrink_block(0, tokens[:, :2], tokens).shape == (1, 2, trunk.width)

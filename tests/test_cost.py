@@ -9,7 +9,7 @@ import torch
 from fixtures_dir import FIXTURES
 from maskfirst.backbones.vit import ShrunkTaps, Taps, TimmViT
 from maskfirst.cost import cost, multiply_adds, parameters_by_part, saved_bytes, training_memory
-from maskfirst.criteria import Fixed
+from maskfirst.criteria.fixed import Fixed
 from maskfirst.frames import Frame
 from maskfirst.namers.class_head import ClassHead
 from maskfirst.proposers.atm import ATM, ShrunkATM

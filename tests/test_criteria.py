@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskfirst.criteria import Fixed, Pixel, mask_losses
+from maskfirst.criteria.fixed import Fixed
+from maskfirst.criteria.masks import mask_losses
+from maskfirst.criteria.pixel import Pixel
 from maskfirst.frames import resize
 from maskfirst.proposers.dense import one_name_each
 from maskfirst.types import VOID, Names, Proposals, Segments, Vocabulary

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from fixtures_dir import FIXTURES
 from maskfirst import tasks
+from maskfirst.criteria.matched import Matched, Pairs, hungarian
 from maskfirst.data.vocabulary import from_names
 from maskfirst.frames import Frame
 from maskfirst.rows import enlarge
 from maskfirst.types import Names, Proposals, SegmentMap, Segments, Vocabulary
 
 Size = tuple[int, int]
+STAGES = ("final", "aux0", "aux1")
+"""In the order in which the losses are made, and the random numbers drawn."""
 
 
 class Inference:
@@ -119,6 +122,88 @@ if FIXTURES is not None:
         vocabulary = inference.vocabulary()
         found = tasks.panoptic(proposals, inference.names, 0, vocabulary, frame)
         assert_same_map(found, inference.tensor("low_pan"), inference.tensor("low_pan_info"), vocabulary.things)
+
+    @pytest.mark.parametrize("folder", ["criterion_m2f", "criterion_of"])
+    def test_the_criterion(folder: str) -> None:
+        assert FIXTURES is not None
+        told, criterion, arrays = recorded_criterion(FIXTURES / "proposals" / folder)
+        truth = [Segments(arrays[f"t{b}_masks"], *full_marks(arrays[f"t{b}_labels"])) for b in range(2)]
+        total = torch.zeros(())
+        leaves = {}
+        for stage in STAGES:
+            masks, logits = (arrays[f"{stage}_{part}"].requires_grad_() for part in ("masks", "logits"))
+            leaves |= {f"{stage}_grad_masks": masks, f"{stage}_grad_logits": logits}
+            losses = criterion(Proposals(masks), Names(logits), truth)
+            suffix = stage.removeprefix("final").replace("aux", "_")
+            for name, value in losses.items():
+                weight = told["loss_weights"][f"loss_{name}"]
+                torch.testing.assert_close(value / weight, arrays[f"out_loss_{name}{suffix}"], rtol=0, atol=1e-5)
+            total = total + torch.stack(list(losses.values())).sum()
+        assert not criterion.draw.recorded
+        for (stage, b), (costs, pairs) in criterion.assign.seen.items():
+            torch.testing.assert_close(costs, arrays[f"{stage}_cost_{b}"], rtol=0, atol=1e-5)
+            assert torch.equal(torch.stack(pairs), arrays[f"{stage}_match_{b}"])
+        shared = arrays["out_total"]
+        if "out_loss_contrastive" in arrays:
+            shared = shared - told["loss_weights"]["loss_contrastive"] * arrays["out_loss_contrastive"]
+        torch.testing.assert_close(total, shared, rtol=0, atol=2e-5)
+        total.backward()
+        for key, leaf in leaves.items():
+            torch.testing.assert_close(leaf.grad, arrays[key], rtol=0, atol=1e-6)
+
+
+class Replay:
+    """Hands out recorded points in their order, and checks that so many were asked for."""
+
+    def __init__(self, recorded: list[Tensor]) -> None:
+        self.recorded = recorded
+
+    def __call__(self, masks: int, points: int, device: torch.device) -> Tensor:
+        found = self.recorded.pop(0)
+        assert found.shape == (masks, points, 2)
+        return found
+
+
+class Watched:
+    """The assignment, with what it was given and what it gave by stage and picture."""
+
+    def __init__(self) -> None:
+        self.order = [(stage, b) for stage in STAGES for b in range(2)]
+        self.seen: dict[tuple[str, int], tuple[Tensor, Pairs]] = {}
+
+    def __call__(self, costs: Tensor) -> Pairs:
+        found = hungarian(costs)
+        self.seen[self.order[len(self.seen)]] = (costs, found)
+        return found
+
+
+def recorded_criterion(folder: Path) -> tuple[dict[str, Any], Matched, dict[str, Tensor]]:
+    told = json.loads((folder / "config.json").read_text())
+    with np.load(folder / "io.npz") as archive:
+        arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
+    weights, cost = told["loss_weights"], told["cost"]
+    criterion = Matched(
+        from_names([str(index) for index in range(told["num_classes"])]),
+        told["num_points"],
+        told["oversample_ratio"],
+        told["importance_sample_ratio"],
+        weights["loss_ce"],
+        weights["loss_mask"],
+        weights["loss_dice"],
+        told["eos_coef"],
+        cost["cls"],
+        cost["mask"],
+        cost["dice"],
+    )
+    kinds = ("match_points_0", "match_points_1", "oversample_points", "random_points")
+    criterion.draw = Replay([arrays[f"{stage}_{kind}"] for stage in STAGES for kind in kinds])
+    criterion.assign = Watched()
+    return told, criterion, arrays
+
+
+def full_marks(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes, scores and crowd marks of truth."""
+    return labels, torch.ones(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
 
 
 def assert_same_instances(found: Segments, masks: Tensor, classes: Tensor, scores: Tensor) -> None:

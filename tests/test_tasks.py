@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from maskfirst import rows, tasks
-from maskfirst.criteria import Fixed
+from maskfirst.criteria.fixed import Fixed
 from maskfirst.errors import UserError
 from maskfirst.frames import Fit, Frame, resize
 from maskfirst.namers.given import Given

@@ -46,7 +46,11 @@ MENUS: dict[type, dict[str, str]] = {
         "given": "maskfirst.namers.given:Given",
         "oracle": "maskfirst.namers.oracle:OracleNamer",
     },
-    Criterion: {"fixed": "maskfirst.criteria:Fixed", "pixel": "maskfirst.criteria:Pixel"},
+    Criterion: {
+        "set": "maskfirst.criteria.matched:Matched",
+        "fixed": "maskfirst.criteria.fixed:Fixed",
+        "pixel": "maskfirst.criteria.pixel:Pixel",
+    },
     Dataset: {
         "folder": "maskfirst.data.folder:Folder",
         "yolo": "maskfirst.data.yolo:Yolo",

@@ -1,30 +1,14 @@
-"""Criteria: how truth meets proposals.
+"""Losses of whole masks: focal (Lin et al., 2017) and dice (Milletari et al., 2016), without keeping anything enlarged."""
 
-`fixed`: query c stands for class c, always (SegViT; Zhang et al., 2022). `pixel`: cross-entropy of every pixel.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from maskfirst.contracts import Criterion
-from maskfirst.errors import UserError
 from maskfirst.frames import Size, resize
-from maskfirst.types import VOID, Names, Proposals, Segments, Vocabulary
-
-
-def mean_count(count: int, device: torch.device) -> float:
-    """A count averaged over the processes that train together, at least 1."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return max(float(count), 1.0)
-    total = torch.tensor(float(count), device=device)
-    distributed.all_reduce(total)
-    return max(total.item() / distributed.get_world_size(), 1.0)
 
 
 class _MaskLosses(torch.autograd.Function):
@@ -123,69 +107,3 @@ def mask_losses(
     The logits are enlarged to the truth's size, by way of the size `through` where given.
     """
     return _MaskLosses.apply(logits.float(), truth, through, alpha, gamma)
-
-
-class Fixed(Criterion):
-    """SegViT's loss: query c answers for class c; cross-entropy on names, focal and dice on the masks of present classes.
-
-    Classes absent from a picture have no object as their name and no mask loss. Pixels without a class count as outside
-    of every mask. `no_object`: the weight of that name in the cross-entropy; it is a buffer, as checkpoints carry it.
-    """
-
-    example: ClassVar[Mapping[str, Any]] = {"kind": "fixed"}
-
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        name_weight: float = 1.0,
-        mask_weight: float = 20.0,
-        dice_weight: float = 1.0,
-        no_object: float = 0.1,
-    ) -> None:
-        super().__init__()
-        self.name_weight = name_weight
-        self.mask_weight = mask_weight
-        self.dice_weight = dice_weight
-        weights = torch.ones(len(vocabulary) + 1)
-        weights[-1] = no_object
-        self.class_weights: Tensor
-        self.register_buffer("class_weights", weights)
-
-    def forward(self, proposals: Proposals, names: Names, truth: Sequence[Segments]) -> dict[str, Float[Tensor, ""]]:
-        classes = len(self.class_weights) - 1
-        if names.logits.shape[1] != classes:
-            raise UserError(
-                f"criterion fixed needs one query a class: {names.logits.shape[1]} queries, {classes} classes"
-            )
-        if proposals.competing:
-            raise UserError(
-                "criterion fixed needs masks that stand alone (proposer atm); use `pixel` for competing ones"
-            )
-        images = torch.cat([torch.full_like(segments.classes, i) for i, segments in enumerate(truth)])
-        present = torch.cat([segments.classes for segments in truth])
-        named = torch.full(names.logits.shape[:2], classes, device=present.device)
-        named[images, present] = present
-        losses = {"ce": self.name_weight * F.cross_entropy(names.logits.transpose(1, 2), named, self.class_weights)}
-        count = mean_count(len(present), present.device)
-        if len(present) == 0:
-            nothing = 0.0 * proposals.masks.sum()
-            return losses | {"mask": nothing, "dice": nothing}
-        inside = torch.cat([segments.masks for segments in truth])
-        focal, dice = mask_losses(proposals.masks[images, present], inside, proposals.resolution)
-        losses["mask"] = self.mask_weight * focal.sum() / count
-        losses["dice"] = self.dice_weight * dice.sum() / count
-        return losses
-
-
-class Pixel(Criterion):
-    """Cross-entropy of every pixel over competing masks, one a class; pixels without a class are left out."""
-
-    example: ClassVar[Mapping[str, Any]] = {"kind": "pixel"}
-
-    def forward(self, proposals: Proposals, names: Names, truth: Sequence[Segments]) -> dict[str, Float[Tensor, ""]]:
-        if not proposals.competing:
-            raise UserError("criterion pixel needs competing masks (proposer dense); use `fixed` or `set` for others")
-        labels = torch.stack([segments.label_map() for segments in truth])
-        logits = resize(proposals.masks, (labels.shape[-2], labels.shape[-1]))
-        known = mean_count(int((labels != VOID).sum()), labels.device)
-        return {"ce": proposals.weight * F.cross_entropy(logits, labels, ignore_index=VOID, reduction="sum") / known}

@@ -1,0 +1,1 @@
+"""Criteria: how truth meets proposals, one a file; `build.MENUS` lists them."""
