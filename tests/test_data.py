@@ -14,14 +14,16 @@ from PIL import Image
 
 from maskfirst.data import shapes
 from maskfirst.data import vocabulary as vocabularies
-from maskfirst.data.ade20k import ADE20K
-from maskfirst.data.coco_stuff import COCOStuff10K
-from maskfirst.data.coding import Coding, DataError
+from maskfirst.data.ade20k import ADE20K, ADE20KInstance
+from maskfirst.data.coco_stuff import COCOStuff10K, COCOStuff164K
+from maskfirst.data.coding import Coding, DataError, Merged
+from maskfirst.data.components import Components
 from maskfirst.data.folder import Folder
 from maskfirst.data.images import ImageError, read_image, read_label_map
 from maskfirst.data.pascal_context import PascalContext
 from maskfirst.data.shapes import Shapes, write_demo
 from maskfirst.data.vocabulary import VocabularyError, contrasting, from_names, load
+from maskfirst.tasks import targets
 from maskfirst.types import VOID
 
 RAMP = np.arange(24, dtype=np.uint8).reshape(4, 6)
@@ -558,6 +560,124 @@ def test_contradictory_codings(settings: dict, message: str) -> None:
         Coding(from_names(NAMES), **settings)
 
 
+# --- merging of classes --------------------------------------------------------------------------------------------
+
+
+def test_classes_are_merged_by_name(tmp_path: Path) -> None:
+    words = ["road", {"name": "van", "color": [1, 1, 1], "thing": True, "id": 7}, "lane", {"name": "car", "thing": True}, "x"]
+    (tmp_path / "classes.yaml").write_text(json.dumps(words), encoding="utf-8")
+    pair(tmp_path, "a", np.array([[0, 1, 2, 3, 4, 255]], np.uint8))
+    data = Folder(str(tmp_path), merge={"vehicle": ["van", "car"], "road": ["lane"], "void": ["x"]})
+    assert data.vocabulary.names == ("road", "vehicle")
+    assert data.vocabulary.things == {1}
+    assert data.vocabulary.ids == (0, 7), "a new class has what its first member had"
+    assert data.vocabulary.colors[1] == (1, 1, 1)
+    assert data[0].truth.label_map().tolist() == [[0, 1, 0, 1, VOID, VOID]]
+    mixed = Folder(str(tmp_path), merge={"thing or stuff": ["van", "road"]})
+    assert mixed.vocabulary.things == {2}, "what takes stuff in cannot be counted"
+    assert mixed.vocabulary.names == ("thing or stuff", "lane", "car", "x")
+    later = Folder(str(tmp_path), merge={"car": ["van"]})
+    assert later.vocabulary.names == ("road", "car", "lane", "x")
+    assert later.vocabulary.ids == (0, 3, 2, 4), "a class that stays keeps its own"
+
+
+def test_painted_classes_are_merged_too(tmp_path: Path) -> None:
+    words = [{"name": name, "color": [10 * index, 0, 9]} for index, name in enumerate(NAMES)]
+    (tmp_path / "classes.yaml").write_text(json.dumps(words), encoding="utf-8")
+    painted = np.array([[[0, 0, 9], [10, 0, 9], [20, 0, 9], [0, 0, 0]]], np.uint8)
+    pair(tmp_path, "a", painted[..., 0])
+    save(tmp_path / "annotations/train/a.png", painted)
+    data = Folder(str(tmp_path), colors=True, merge={"ground": ["road", "tree"]})
+    assert data[0].truth.label_map().tolist() == [[0, 0, 1, VOID]]
+    painted[0, 3] = 5
+    save(tmp_path / "annotations/train/a.png", painted)
+    with pytest.raises(DataError, match=r"color \(5, 5, 5\) .* 3 classes by colour, black for none, merged into 2"):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        ({"a": ["raod"]}, r"merge: a: unknown class 'raod'\. Did you mean 'road'\?"),
+        ({"a": ["road"], "b": ["road"]}, "merge: 'road' is counted as both 'a' and 'b'"),
+        ({"void": NAMES}, "merge: leaves no class at all"),
+    ],
+)
+def test_merges_that_cannot_be(merge: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Merged(Coding(from_names(NAMES)), merge)
+
+
+# --- instances by components ---------------------------------------------------------------------------------------
+
+
+PARK = np.array(
+    [
+        [2, 2, 0, 0, 0, 2],
+        [2, 0, 2, 0, 0, 0],
+        [0, 0, 0, 2, 0, 2],
+        [1, 0, 1, 0, 0, 255],
+    ],
+    np.uint8,
+)
+"""Trees that do not touch are one segment; a car reaches over corners; two cars are of one pixel."""
+
+
+def test_things_become_instances_where_they_do_not_touch(tmp_path: Path) -> None:
+    pair(tmp_path, "a", PARK)
+    (tmp_path / "classes.yaml").write_text("[road, tree, {name: car, thing: true}]", encoding="utf-8")
+    data = Folder(str(tmp_path), instances="components")
+    sample = data[0]
+    assert sample.classes.tolist() == [0, 1, 2, 2, 2]
+    assert not sample.crowd.any()
+    cars = sample.truth.masks[sample.classes == 2]
+    assert cars.sum((1, 2)).tolist() == [5, 1, 1]
+    assert torch.equal(sample.truth.label_map(), Folder(str(tmp_path))[0].truth.label_map())
+    assert len(targets(sample.truth, data.vocabulary, "instance")) == 3
+    assert targets(sample.truth, data.vocabulary, "semantic").classes.tolist() == [0, 1, 2]
+
+
+def test_specks_are_a_crowd_of_their_class(tmp_path: Path) -> None:
+    pair(tmp_path, "a", PARK)
+    (tmp_path / "classes.yaml").write_text("[road, tree, {name: car, thing: true}]", encoding="utf-8")
+    data = Folder(str(tmp_path), instances="components", smallest=2)
+    sample = data[0]
+    assert sample.classes.tolist() == [0, 1, 2, 2]
+    assert sample.crowd.tolist() == [False, False, False, True]
+    assert sample.truth.masks[-1].nonzero().tolist() == [[0, 5], [2, 5]]
+    assert sample.truth.masks[-2].sum() == 5
+    assert len(targets(sample.truth, data.vocabulary, "panoptic")) == 3
+    assert torch.equal(targets(sample.truth, data.vocabulary, "semantic").masks[2], torch.from_numpy(PARK == 2))
+    none = Folder(str(tmp_path), instances="components", smallest=100)[0]
+    assert none.crowd.tolist() == [False, False, True]
+
+
+def test_components_need_things_and_a_size(tmp_path: Path) -> None:
+    pair(tmp_path, "a", PARK)
+    with pytest.raises(DataError, match=r"`instances: components` needs a vocabulary with things; mark them, \{name: car"):
+        Folder(str(tmp_path), vocabulary=NAMES, instances="components")
+    (tmp_path / "classes.yaml").write_text("[road, tree, {name: car, thing: true}]", encoding="utf-8")
+    with pytest.raises(DataError, match="smallest: should be at least 1 px, got 0"):
+        Folder(str(tmp_path), instances="components", smallest=0)
+    pair(tmp_path, "a", np.full((3, 4), 255, np.uint8))
+    assert len(Folder(str(tmp_path), instances="components")[0].truth) == 0
+
+
+def test_components_of_a_street_take_milliseconds() -> None:
+    labels = np.zeros((360, 480), np.uint8)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        y, x = rng.integers(0, (320, 440))
+        labels[y : y + 30, x : x + 30] = rng.integers(8, 11)
+    coding, opening = Coding(load("camvid"), ignore=11), Components(load("camvid").things, 20)
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        opening.open(coding.decode(labels, Path("a.png")))
+        taken.append(time.perf_counter() - start)
+    assert min(taken) < 0.03
+
+
 # --- the layouts of the public data sets ---------------------------------------------------------------------------
 
 
@@ -570,6 +690,46 @@ def test_ade20k(tmp_path: Path) -> None:
     assert data[0].ids[0, 0].tolist() == [VOID] * 3 + [0] * 3
     with pytest.raises(DataError, match=r"ade20k: no split 'valid'\. Did you mean 'val'\? Known: train, val\."):
         ADE20K(str(tmp_path), split="valid")
+
+
+def test_ade20k_instances(tmp_path: Path) -> None:
+    """Red is the class, 1..100 of the things; green the instance, which may be the same number in two classes."""
+    colors = np.zeros((4, 6, 3), np.uint8)
+    colors[0, :3], colors[0, 3:], colors[1, :2], colors[2, :2] = (5, 1, 0), (5, 2, 0), (100, 1, 0), (7, 0, 0)
+    save(tmp_path / "images/training/ADE_train_1.jpg", COLORS)
+    save(tmp_path / "annotations_instance/training/ADE_train_1.png", colors)
+    data = ADE20KInstance(str(tmp_path))
+    sample = data[0]
+    assert [data.vocabulary.names[index] for index in sample.classes] == ["door", "door", "flag"]
+    assert sample.ids[0, :2].tolist() == [[0, 0, 0, 1, 1, 1], [2, 2, VOID, VOID, VOID, VOID]]
+    assert (sample.ids[0, 2:] == VOID).all(), "a class without an instance is none"
+    assert not sample.crowd.any()
+    assert len(targets(sample.truth, data.vocabulary, "instance")) == 3
+    colors[3, 1] = (101, 1, 0)
+    save(tmp_path / "annotations_instance/training/ADE_train_1.png", colors)
+    with pytest.raises(DataError, match=r"color \(101, 1, 0\) at \(y 3, x 1\) is no class: 100 classes as red for"):
+        data[0]
+
+
+@pytest.mark.parametrize("layout", ["released", "prepared"])
+def test_coco_stuff_164k(tmp_path: Path, layout: str) -> None:
+    """As released: category - 1, with gaps. As prepared elsewhere: the class, in folders of other names."""
+    words = load("coco_stuff_171")
+    released = np.array([[0, 12, 181], [255, 0, 0]], np.uint8)
+    if layout == "released":
+        save(tmp_path / "val2017/1.jpg", COLORS[:2, :3])
+        save(tmp_path / "stuffthingmaps/val2017/1.png", released)
+    else:
+        save(tmp_path / "images/val2017/1.jpg", COLORS[:2, :3])
+        save(tmp_path / "annotations/val2017/1_labelTrainIds.png", np.array([[0, 11, 170], [255, 0, 0]], np.uint8))
+        save(tmp_path / "annotations/val2017/1.png", released)
+    sample = COCOStuff164K(str(tmp_path), "val")[0]
+    assert [words.ids[index] for index in sample.classes] == [1, 13, 182]
+    assert sample.truth.label_map().tolist() == [[0, 11, 170], [VOID, 0, 0]]
+    if layout == "released":
+        save(tmp_path / "stuffthingmaps/val2017/1.png", released - (released == 12))
+        with pytest.raises(DataError, match=r"value 11 at \(y 0, x 1\) is no class"):
+            COCOStuff164K(str(tmp_path), "val")[0]
 
 
 def test_coco_stuff(tmp_path: Path) -> None:
