@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from maskfirst.data.coding import Coding
-from maskfirst.data.folder import Paired, match_list
+from maskfirst.data.folder import Paired, match_list, opened
 from maskfirst.data.vocabulary import load
 
 
@@ -19,12 +19,16 @@ class PascalContext(Paired):
         root: str = "data/VOCdevkit/VOC2010",
         split: str = "train",
         classes: Literal[59, 60] = 59,
+        instances: Literal["components"] | None = None,
+        smallest: int = 1,
         limit: int | None = None,
     ) -> None:
         """`split`: the list's name, train or val. `classes`: 59, where background is unlabelled, or 60, where it is class 0.
 
-        `limit`: use so many pairs. Raises DataError.
+        `instances`, `smallest`: see Folder. `limit`: use so many pairs. Raises DataError.
         """
         names = f"ImageSets/SegmentationContext/{split}.txt"
         listing = match_list(Path(root), "JPEGImages", "SegmentationClassContext", names, limit)
-        super().__init__(listing, Coding(load(f"pascal_context_{classes}"), shift=-1 if classes == 59 else 0))
+        words = load(f"pascal_context_{classes}")
+        coding = Coding(words, shift=-1 if classes == 59 else 0)
+        super().__init__(listing, coding, opened(words, instances, smallest))
