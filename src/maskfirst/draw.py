@@ -274,7 +274,7 @@ def _places(
     # Every `step`-th pixel is enough to find where the segment is thickest; its own box is outside of it.
     step = math.ceil(max(right - left, bottom - top) / 64)
     mask = np.pad(ids[top:bottom:step, left:right:step] == index, 1)
-    y, x = np.unravel_index(distance_transform_edt(mask).argmax(), mask.shape)
+    y, x = np.unravel_index(np.asarray(distance_transform_edt(mask)).argmax(), mask.shape)
     thickest = (left + (x.item() - 0.5) * step, top + (y.item() - 0.5) * step)
     beside = [(thickest[0], thickest[1] + way * (height + 1)) for way in (1, -1, 2, -2)]
     return [thickest, *beside, above, under]

@@ -1,31 +1,28 @@
-"""Pictures on disk to label maps, overlays and a summary, with reading and writing in the shadow of the model."""
+"""Pictures on disk to files of their segments, with reading and writing in the shadow of the model."""
 
 import glob
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from jaxtyping import Int16, Int64, Integer, UInt8
-from PIL.PngImagePlugin import PngImageFile
+from jaxtyping import UInt8
+from PIL.Image import Image
 from torch import Tensor
 
 from maskfirst import draw
-from maskfirst.data.images import IMAGE_ENDINGS, ImageError, read_image, read_label_map
+from maskfirst.data.images import IMAGE_ENDINGS, ImageError, read_image
 from maskfirst.errors import UserError, nearest
 from maskfirst.files import write_json
+from maskfirst.outputs import Found, InstanceFiles, LabelMaps, Output, PanopticFiles, Told
 from maskfirst.segmenter import Segmenter
-from maskfirst.types import VOID, Vocabulary
+from maskfirst.types import SegmentMap, Vocabulary
 
 T = TypeVar("T")
 R = TypeVar("R")
-SOURCE = "Source"
-"""The note in a label map that says what it was made from."""
 
 
 @dataclass
@@ -37,14 +34,6 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         return {"images": self.images, "failed": self.failed}
-
-
-@dataclass(frozen=True)
-class Found:
-    """A picture to predict, and the name of what is written for it: a path below the output folder without an ending."""
-
-    file: Path
-    name: str
 
 
 def predict_files(
@@ -59,19 +48,29 @@ def predict_files(
     resume: bool = False,
     augment: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    least_score: float = 0.5,
+    yolo: bool = False,
 ) -> Summary:
-    """Writes `labels/NAME.png`, `overlays/NAME.jpg` (with a legend) and `summary.json` into the folder `out`.
+    """Writes what `task` asks for (see `outputs`), `overlays/NAME.jpg` and `summary.json` into the folder `out`.
 
     `paths`: files, folders (with all below) and globs. `opacity` 0..1 and `colors`, (r, g, b) one a class in place of the
     vocabulary's, are the overlays'. `workers`: threads that read, and as many that write. `resume` keeps what an earlier
     run with the same model has finished. `augment`: test-time augmentation. `progress` is told (done, all) pictures.
+    Instances below `least_score`, 0..1, are in COCO's file only. `yolo`: instances as YOLO's polygons, too.
     A file that cannot be read is listed in the summary's `failed`; the rest is done.
-    Raises UserError where there is nothing to read, DiskError where `out` cannot be written.
+    Raises UserError where there is nothing to read or the task is not the model's, DiskError where `out` cannot be written.
     """
     out = Path(out)
-    found = find_pictures(paths, (out / "labels", out / "overlays"))
+    found = find_pictures(paths, [out / folder for folder in ("labels", "panoptic", "overlays")])
     vocabulary = segmenter.vocabulary if colors is None else replace(segmenter.vocabulary, colors=tuple(colors))
-    writer = _Writer(out, vocabulary, task, overlays, opacity)
+    output: Output[Any]
+    if yolo and task != "instance":
+        raise UserError(f"YOLO's polygons are of instances, not of the {task} task; choose the task instance")
+    if task == "instance":
+        output = InstanceFiles(out, vocabulary, least_score, yolo)
+    else:
+        output = PanopticFiles(out, vocabulary) if task == "panoptic" else LabelMaps(out, vocabulary)
+    writer = _Writer(out, vocabulary, output, overlays, opacity)
     summary = Summary()
     kept = {each: entry for each in found if (entry := writer.finished(each))} if resume else {}
     todo = [each for each in found if each not in kept]
@@ -84,9 +83,9 @@ def predict_files(
             except ImageError as error:
                 summary.failed.append({"file": str(each.file), "error": str(error)})
             else:
-                segments = segmenter.predict(image, task, augment=augment)
-                # Reduced to one number a pixel here, so that no masks wait in the queue.
-                job = pool.submit(writer.write, each, image, draw.segment_map(segments), segments.classes.cpu())
+                # Reduced here, so that no masks wait in the queue.
+                answer = output.reduced(segmenter.predict(image, task, augment=augment))
+                job = pool.submit(writer.write, each, image, answer)
                 written[each] = job
                 waiting.append(job)
                 if len(waiting) > workers:
@@ -98,6 +97,7 @@ def predict_files(
             summary.images.append(kept[each])
         elif each in written:
             summary.images.append(written[each].result())
+    output.close()
     write_json(out / "summary.json", summary.as_json())
     return summary
 
@@ -131,7 +131,8 @@ def find_pictures(paths: Sequence[Path | str], without: Sequence[Path] = ()) -> 
         for file, name in found:
             names.setdefault(os.path.realpath(file), (file, name))
     found = list(names.values())
-    return [Found(file, name) for (file, _), name in zip(found, _unique(found), strict=True)]
+    unique = _unique(found)
+    return [Found(file, name, key) for (file, _), name, key in zip(found, unique, _keys(unique), strict=True)]
 
 
 def _below(path: Path | str, without: Sequence[Path]) -> list[tuple[Path, str]]:
@@ -185,65 +186,63 @@ def _unique(found: Sequence[tuple[Path, str]]) -> list[str]:
     return names
 
 
+def _keys(names: Sequence[str]) -> list[int]:
+    """What COCO's files call the pictures: by the number that each file is named, as COCO's are, or else 1, 2, ..."""
+    stems = [PurePosixPath(name).name for name in names]
+    numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdecimal()]
+    return numbers if len(set(numbers)) == len(names) else list(range(1, len(names) + 1))
+
+
 @dataclass(frozen=True)
 class _Writer:
     """Writes the files of one picture and tells what the summary says of it. Called from several threads."""
 
     out: Path
     vocabulary: Vocabulary
-    task: str
+    output: Output[Any]
     overlays: bool
     opacity: float
 
-    def write(
-        self,
-        found: Found,
-        image: UInt8[Tensor, "3 H W"],
-        order: Int16[Tensor, "H W"],
-        classes: Int64[Tensor, " N"],
-    ) -> dict[str, Any]:
-        labels = np.append(classes.numpy(), VOID).astype(np.int32).take(order.numpy(), mode="wrap")
-        entry, shares = self._entry(found, labels)
-        # The label map comes last: where it is, all is.
+    def write(self, found: Found, image: UInt8[Tensor, "3 H W"], answer: Any) -> dict[str, Any]:
+        told = self.output.told(answer)
+        entry = self._entry(found, told)
+        # The task's own file comes last: where it is, all is.
         if self.overlays:
-            colors = draw.segment_colors(classes, self.vocabulary)
-            painted = draw.paint(draw.to_picture(image), order, colors, self.opacity)
-            strip = draw.legend(self.vocabulary, list(shares), list(shares.values()), width=painted.width)
-            draw.write_overlay(self.out / entry["overlay"], draw.below(painted, strip))
-        notes = {SOURCE: self._source(found)}
-        draw.write_label_map(self.out / entry["labels"], torch.from_numpy(labels), self.vocabulary, notes)
+            draw.write_overlay(self.out / entry["overlay"], self._overlay(image, self.output.shown(answer), told))
+        self.output.write(found, answer)
         return entry
 
     def finished(self, found: Found) -> dict[str, Any] | None:
         """The summary's entry of a picture whose files are all there from an earlier run, else None."""
-        path = self.out / f"labels/{found.name}.png"
-        try:
-            with PngImageFile(path) as png:
-                source = png.info.get(SOURCE)
-            values = read_label_map(path)
-        except (OSError, SyntaxError, ValueError):
+        if self.overlays and not (self.out / self._name(found)).is_file():
             return None
-        labels = values.astype(np.int32)
-        labels[labels == np.iinfo(values.dtype).max] = VOID
-        if source != self._source(found) or labels.max() >= len(self.vocabulary):
-            return None
-        entry, _ = self._entry(found, labels)
-        return entry if not self.overlays or (self.out / entry["overlay"]).is_file() else None
+        told = self.output.finished(found)
+        return None if told is None else self._entry(found, told)
 
-    def _entry(self, found: Found, labels: Integer[np.ndarray, "H W"]) -> tuple[dict[str, Any], dict[int, float]]:
-        """The summary's entry, and the share of each class that occurs, largest first."""
-        counts = np.bincount(labels.ravel() + 1, minlength=len(self.vocabulary) + 1)[1:]
-        largest = [index for index in np.argsort(-counts, kind="stable").tolist() if counts[index]]
-        shares = {index: counts[index].item() / labels.size for index in largest}
+    def _overlay(self, image: UInt8[Tensor, "3 H W"], shown: SegmentMap, told: Told) -> Image:
+        colors = draw.segment_colors(shown.classes, self.vocabulary)
+        painted = draw.paint(draw.to_picture(image), shown.ids, colors, self.opacity)
+        if self.output.captions:
+            painted = draw.caption(painted, shown, draw.captions(shown, self.vocabulary), colors)
+        shares = _largest_first(told.shares)
+        strip = draw.legend(self.vocabulary, list(shares), list(shares.values()), width=painted.width)
+        return draw.below(painted, strip)
+
+    def _entry(self, found: Found, told: Told) -> dict[str, Any]:
+        shares = _largest_first(told.shares)
         entry = {
             "file": str(found.file),
-            "labels": f"labels/{found.name}.png",
-            "overlay": f"overlays/{found.name}.jpg" if self.overlays else None,
-            "height": labels.shape[0],
-            "width": labels.shape[1],
+            **self.output.files(found),
+            "overlay": self._name(found) if self.overlays else None,
+            "height": told.size[0],
+            "width": told.size[1],
             "classes": {self.vocabulary.names[index]: round(share, 6) for index, share in shares.items()},
         }
-        return entry, shares
+        return entry if told.segments is None else entry | {"segments": told.segments}
 
-    def _source(self, found: Found) -> str:
-        return f"{found.file}, {found.file.stat().st_size} bytes, {self.task}"
+    def _name(self, found: Found) -> str:
+        return f"overlays/{found.name}.jpg"
+
+
+def _largest_first(shares: Mapping[int, float]) -> dict[int, float]:
+    return dict(sorted(shares.items(), key=lambda pair: (-pair[1], pair[0])))

@@ -36,6 +36,13 @@ class Instances:
     def __len__(self) -> int:
         return len(self.rles)
 
+    def __getitem__(self, keep: Tensor) -> "Instances":
+        """Those where `keep` is true, or those that it numbers."""
+        kept = torch.arange(len(self))[keep]
+        told = None if self.told_areas is None else self.told_areas[kept]
+        rles = [self.rles[index] for index in kept.tolist()]
+        return Instances(rles, self.classes[kept], self.scores[kept], self.crowd[kept], self.size, told)
+
     @property
     def areas(self) -> Float[Tensor, " N"]:
         """px: as the file tells, or counted."""

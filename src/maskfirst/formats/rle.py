@@ -62,8 +62,12 @@ def from_polygons(polygons: Sequence[Sequence[float]], size: Size) -> Rle:
 
     Each polygon has at least three points; one that crosses itself is filled by the even-odd rule.
     """
-    parts = coco.frPyObjects([list(polygon) for polygon in polygons], *size)
-    merged = coco.merge(parts)
+    return union(coco.frPyObjects([list(polygon) for polygon in polygons], *size))
+
+
+def union(rles: Sequence[Rle]) -> Rle:
+    """The pixels of any of the masks, of which there is at least one."""
+    merged = coco.merge(list(rles))
     return {"size": merged["size"], "counts": merged["counts"].decode()}
 
 
