@@ -10,6 +10,7 @@ from fixtures_dir import FIXTURES
 from maskfirst.backbones.vit import ShrunkTaps, Taps, TimmViT
 from maskfirst.cost import cost, multiply_adds, parameters_by_part, saved_bytes, training_memory
 from maskfirst.criteria.fixed import Fixed
+from maskfirst.criteria.matched import Matched, hungarian
 from maskfirst.frames import Frame
 from maskfirst.namers.class_head import ClassHead
 from maskfirst.proposers.atm import ATM, ShrunkATM
@@ -126,6 +127,14 @@ def test_training_memory_is_what_autograd_keeps(shrink: int | None, size: int) -
     segmenter = tiny(shrink)
     memory = training_memory(segmenter, (size, size), present=3)
     assert memory.activations == pytest.approx(really_kept(segmenter, size, 3), rel=1e-3)
+
+
+def test_training_memory_with_matching_is_what_autograd_keeps() -> None:
+    segmenter = tiny()
+    segmenter.criterion = Matched(segmenter.vocabulary, points=500)
+    memory = training_memory(segmenter, (64, 64), present=3)
+    assert segmenter.criterion.assign is hungarian
+    assert memory.activations == pytest.approx(really_kept(segmenter, 64, 3), rel=1e-3)
 
 
 def test_training_memory_of_a_frozen_backbone_is_smaller() -> None:

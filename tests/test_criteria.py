@@ -106,3 +106,10 @@ def test_pixel_is_cross_entropy_over_labelled_pixels() -> None:
     assert nothing["ce"] == 0
     with pytest.raises(ValueError, match="needs competing masks"):
         Pixel()(Proposals(masks), one_name_each(masks), [Segments.from_label_map(labels)])
+
+
+def test_fixed_refuses_several_segments_of_a_class() -> None:
+    guess, names = proposals()
+    one = truth([[0, 2]])[0]
+    with pytest.raises(ValueError, match="knows one mask a class and a picture has several"):
+        Fixed(VOCABULARY)(guess, names, [one, one[torch.tensor([0, 0])]])

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskfirst import recipe as recipes
 from maskfirst.build import Experiment
+from maskfirst.contracts import Criterion
+from maskfirst.criteria.matched import Matched
 from maskfirst.frames import Frame, Size
 from maskfirst.proposers.atm import ATM, ShrunkATM, SingleATM
 from maskfirst.segmenter import Segmenter
@@ -182,7 +184,7 @@ def training_memory(segmenter: Segmenter, size: Size, present: int = 10) -> Memo
     trained = sum(parameters[name] for name, parameter in segmenter.named_parameters() if parameter.requires_grad)
     fakes = _Fakes(segmenter)
     batch = fakes.batch(size, min(present, len(segmenter.vocabulary)))
-    with _mode(segmenter, training=True), torch.enable_grad():
+    with _mode(segmenter, training=True), _matched_in_order(segmenter.criterion), torch.enable_grad():
         kept = saved_bytes(lambda: fakes.call(_Losses(segmenter), batch), fakes.tensors.values())
     return Memory(kept, sum(parameters.values()), trained, 2 * trained)
 
@@ -263,6 +265,20 @@ class _Fakes:
         """`module(batch)`, a module around the segmenter, with the segmenter's tensors replaced."""
         tensors = {f"segmenter.{name}": tensor for name, tensor in self.tensors.items()}
         return functional_call(module, tensors, (batch,))
+
+
+@contextmanager
+def _matched_in_order(criterion: Criterion) -> Iterator[None]:
+    """The n-th proposal matched to the n-th segment inside the block, as costs without data cannot be compared."""
+    if not isinstance(criterion, Matched):
+        yield
+        return
+    before = criterion.assign
+    criterion.assign = lambda costs: (torch.arange(min(costs.shape)), torch.arange(min(costs.shape)))
+    try:
+        yield
+    finally:
+        criterion.assign = before
 
 
 @contextmanager
