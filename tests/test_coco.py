@@ -132,8 +132,10 @@ def test_instances_in_their_official_layout(instances: Path) -> None:
     assert sample.crowd.tolist() == [False, False, True]
     assert sample.ids.shape == (2, HEIGHT, WIDTH), "what overlaps needs another layer, the rest does not"
     square, beside, crowd = sample.truth.masks
-    assert square[2:8, 2:8].all() and square.sum() == 36
-    assert beside[4:10, 6:12].all() and beside.sum() == 36
+    assert square[2:8, 2:8].all()
+    assert square.sum() == 36
+    assert beside[4:10, 6:12].all()
+    assert beside.sum() == 36
     assert (square & beside).sum() == 8
     assert crowd.sum() == 24
     assert len(data[2].truth) == 1, "the polygons of an annotation are one instance"
@@ -290,7 +292,9 @@ def test_mapillary_panoptic(tmp_path: Path) -> None:
         "annotations": [
             {"image_id": "x_1", "file_name": "x_1.png", "segments_info": [{"id": 9, "category_id": 56, "iscrowd": 1}]}
         ],
-        "categories": [{"id": n, "name": f"some--{name.lower()}"} for n, name in zip(words.ids, words.names, strict=True)],
+        "categories": [
+            {"id": n, "name": f"some--{name.lower()}"} for n, name in zip(words.ids, words.names, strict=True)
+        ],
     }
     write(folder / "panoptic_2018.json", content)
     sample = MapillaryPanoptic(str(tmp_path), "val")[0]
@@ -381,7 +385,10 @@ def test_nothing_is_wrong(instances: Path) -> None:
     ("value", "message"),
     [
         ([[1.0, 1.0, 4.0, 4.0]], "a polygon of 2 points; it takes at least three"),
-        ({"size": [WIDTH, HEIGHT], "counts": [0, 192]}, r"run lengths of \[16, 12\] px .* in a picture of \[12, 16\] px"),
+        (
+            {"size": [WIDTH, HEIGHT], "counts": [0, 192]},
+            r"run lengths of \[16, 12\] px .* in a picture of \[12, 16\] px",
+        ),
         ({"size": [HEIGHT, WIDTH], "counts": [0, 191]}, "191 px in all for a picture of 12 x 16 px"),
         ([], "no mask"),
     ],

@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as pycoco
 
+from maskfirst.contracts import Dataset
 from maskfirst.data import shapes
 from maskfirst.data import vocabulary as vocabularies
 from maskfirst.data.ade20k import ADE20K, ADE20KInstance
+from maskfirst.data.augment import Pad, RandomCrop, RandomFlip, RandomScale
+from maskfirst.data.coco import COCOInstance, COCOPanoptic
 from maskfirst.data.coco_stuff import COCOStuff10K, COCOStuff164K
 from maskfirst.data.coding import Coding, DataError, Merged
 from maskfirst.data.components import Components
@@ -22,9 +26,9 @@ from maskfirst.data.folder import Folder
 from maskfirst.data.images import ImageError, read_image, read_label_map
 from maskfirst.data.pascal_context import PascalContext
 from maskfirst.data.shapes import Shapes, write_demo
-from maskfirst.data.vocabulary import VocabularyError, contrasting, from_names, load
+from maskfirst.data.vocabulary import VocabularyError, contrasting, from_names, load, only_things
 from maskfirst.tasks import targets
-from maskfirst.types import VOID
+from maskfirst.types import TASKS, VOID
 
 RAMP = np.arange(24, dtype=np.uint8).reshape(4, 6)
 COLORS = np.stack([RAMP * 10, 255 - RAMP * 10, RAMP], -1)
@@ -321,7 +325,8 @@ def test_dataset_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "whole"), [("ade20k_things", "ade20k_panoptic"), ("cityscapes_things", "cityscapes"), ("coco_80", "coco_133")]
+    ("part", "whole"),
+    [("ade20k_things", "ade20k_panoptic"), ("cityscapes_things", "cityscapes"), ("coco_80", "coco_133")],
 )
 def test_vocabularies_of_instances_are_the_things_of_the_whole(part: str, whole: str) -> None:
     few, all_ = load(part), load(whole)
@@ -564,7 +569,13 @@ def test_contradictory_codings(settings: dict, message: str) -> None:
 
 
 def test_classes_are_merged_by_name(tmp_path: Path) -> None:
-    words = ["road", {"name": "van", "color": [1, 1, 1], "thing": True, "id": 7}, "lane", {"name": "car", "thing": True}, "x"]
+    words = [
+        "road",
+        {"name": "van", "color": [1, 1, 1], "thing": True, "id": 7},
+        "lane",
+        {"name": "car", "thing": True},
+        "x",
+    ]
     (tmp_path / "classes.yaml").write_text(json.dumps(words), encoding="utf-8")
     pair(tmp_path, "a", np.array([[0, 1, 2, 3, 4, 255]], np.uint8))
     data = Folder(str(tmp_path), merge={"vehicle": ["van", "car"], "road": ["lane"], "void": ["x"]})
@@ -654,7 +665,9 @@ def test_specks_are_a_crowd_of_their_class(tmp_path: Path) -> None:
 
 def test_components_need_things_and_a_size(tmp_path: Path) -> None:
     pair(tmp_path, "a", PARK)
-    with pytest.raises(DataError, match=r"`instances: components` needs a vocabulary with things; mark them, \{name: car"):
+    with pytest.raises(
+        DataError, match=r"`instances: components` needs a vocabulary with things; mark them, \{name: car"
+    ):
         Folder(str(tmp_path), vocabulary=NAMES, instances="components")
     (tmp_path / "classes.yaml").write_text("[road, tree, {name: car, thing: true}]", encoding="utf-8")
     with pytest.raises(DataError, match="smallest: should be at least 1 px, got 0"):
@@ -836,6 +849,7 @@ def test_demo_is_read_by_the_folder_data_set_and_by_coco_tools(tmp_path: Path) -
 
 
 def check_coco(folder: Path, split: str, made: Shapes) -> None:
+    """Read without a line of ours: what lies there is COCO's."""
     words = made.vocabulary
     panoptic = json.loads((folder / f"panoptic_{split}.json").read_text())
     instances = json.loads((folder / f"instances_{split}.json").read_text())
@@ -859,9 +873,57 @@ def check_coco(folder: Path, split: str, made: Shapes) -> None:
         assert len(mine) == len(things)
         for a, i in zip(mine, things, strict=True):
             mask = truth.masks[i].numpy()
-            counts = a["segmentation"]["counts"]
-            flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-            assert np.array_equal(flat.reshape(64, 48).T, mask)
-            x, y, width, height = a["bbox"]
+            assert a["category_id"] == words.ids[truth.classes[i]]
+            assert np.array_equal(pycoco.decode(a["segmentation"]), mask)
+            x, y, width, height = map(int, a["bbox"])
             assert mask[y : y + height, x : x + width].sum() == mask.sum() == a["area"]
     assert len({a["id"] for a in instances["annotations"]}) == len(instances["annotations"])
+
+
+def test_demo_is_read_by_the_coco_data_sets(tmp_path: Path) -> None:
+    write_demo(tmp_path, count=4, size=(48, 64))
+    made = Shapes("train", 3, (48, 64))
+    panoptic = COCOPanoptic(str(tmp_path), annotations="coco/panoptic_{split}.json", images="images/{split}")
+    instances = COCOInstance(str(tmp_path), annotations="coco/instances_{split}.json", images="images/{split}")
+    assert panoptic.vocabulary == made.vocabulary
+    assert instances.vocabulary == only_things(made.vocabulary)
+    assert list(panoptic.keys()) == list(instances.keys()) == list(made.keys())
+    for index, sample in enumerate(made):
+        truth = sample.truth
+        assert torch.equal(panoptic[index].truth.masks, truth.masks)
+        assert torch.equal(panoptic[index].truth.classes, truth.classes)
+        things = targets(truth, made.vocabulary, "instance")
+        assert torch.equal(instances[index].truth.masks, things.masks)
+
+
+# --- truth on its way through augmentation -------------------------------------------------------------------------
+
+
+def test_segments_keep_their_names_through_augmentation(tmp_path: Path) -> None:
+    """Instances of several layers and panoptic truth: what is left of each has its class and crowd mark."""
+    write_demo(tmp_path, count=8, size=(96, 128))
+    sets: list[Dataset] = [
+        COCOPanoptic(str(tmp_path), annotations="coco/panoptic_{split}.json", images="images/{split}"),
+        COCOInstance(str(tmp_path), annotations="coco/instances_{split}.json", images="images/{split}"),
+        Folder(str(tmp_path), instances="components", smallest=20),
+    ]
+    steps = [RandomScale(0.5, 1.5), RandomCrop((64, 64), most=1.0), RandomFlip(), Pad((64, 64))]
+    torch.manual_seed(0)
+    left = 0
+    for data in sets:
+        for sample in data:
+            before = sample
+            for step in steps:
+                sample = step(sample)
+            assert sample.ids.shape[1:] == (64, 64)
+            present = [number for number in sample.ids.unique().tolist() if number != VOID]
+            truth = sample.truth
+            assert truth.classes.tolist() == before.classes[present].tolist()
+            assert truth.crowd.tolist() == before.crowd[present].tolist()
+            assert truth.masks.flatten(1).any(1).all()
+            left += len(truth)
+            for task in TASKS:
+                wanted = targets(truth, data.vocabulary, task)
+                assert not wanted.crowd.any()
+                assert wanted.masks.flatten(1).any(1).all()
+    assert left > 60

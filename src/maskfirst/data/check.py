@@ -26,7 +26,17 @@ from maskfirst.files import write_aside
 from maskfirst.types import VOID, Sample, Vocabulary
 
 Kind = Literal[
-    "unreadable", "no label", "no image", "size", "annotation", "value", "ignore", "shift", "absent", "leak", "vocabulary"
+    "unreadable",
+    "no label",
+    "no image",
+    "size",
+    "annotation",
+    "value",
+    "ignore",
+    "shift",
+    "absent",
+    "leak",
+    "vocabulary",
 ]
 SHEET = 12
 """Pictures on the contact sheet."""

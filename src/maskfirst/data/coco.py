@@ -132,6 +132,8 @@ def _pictures(
             raise FormatError(f"{annotations}: file_name '{name}' leads out of the folder of pictures")
         stem = name.with_suffix("").as_posix()
         if stem in pictures:
-            raise FormatError(f"{annotations}: two pictures are called '{stem}'; keys must differ in more than their endings")
+            raise FormatError(
+                f"{annotations}: two pictures are called '{stem}'; keys must differ in more than their endings"
+            )
         pictures[stem] = Picture(stem, images / name)
     return keys, list(pictures.values())

@@ -26,7 +26,7 @@ class DataError(UserError):
 class Part(NamedTuple):
     """What a number stands for: a class (or VOID, or UNKNOWN), and which of its segments."""
 
-    index: int
+    meaning: int
     instance: int = 0
     crowd: bool = False
 
@@ -56,7 +56,7 @@ class Code(ABC):
 
     def meaning(self, number: int) -> int:
         """The class of a number in a label map, VOID or UNKNOWN."""
-        return self.part(number).index
+        return self.part(number).meaning
 
     def decode(self, values: Integer[np.ndarray, "H W"], place: Path) -> Truth:
         """The segments, in the order of their classes and instances.
@@ -66,13 +66,13 @@ class Code(ABC):
         numbers, _ = distinct(values)
         parts = [self.part(int(number)) for number in numbers]
         for number, part in zip(numbers, parts, strict=True):
-            if part.index == UNKNOWN:
+            if part.meaning == UNKNOWN:
                 y, x = first(values, int(number))
                 raise DataError(
                     f"{place}: {self.name(int(number))} at (y {y}, x {x}) is no class: {self}; "
                     "`maskfirst check` finds all such"
                 )
-        present = sorted({part for part in parts if part.index != VOID})
+        present = sorted({part for part in parts if part.meaning != VOID})
         order = {part: index for index, part in enumerate(present)}
         indices = np.array([order.get(part, VOID) for part in parts], np.int32)
         if values.itemsize > 2:
@@ -81,7 +81,7 @@ class Code(ABC):
             table = np.zeros(int(numbers[-1]) + 1, np.int32)
             table[numbers] = indices
             ids = table[values]
-        classes = np.array([part.index for part in present], np.int64)
+        classes = np.array([part.meaning for part in present], np.int64)
         return Truth(ids, classes, np.array([part.crowd for part in present], bool))
 
 
@@ -191,7 +191,7 @@ class Merged(Code):
 
     def part(self, number: int) -> Part:
         part = self.fine.part(number)
-        return part if part.index < 0 else part._replace(index=self._classes[part.index])
+        return part if part.meaning < 0 else part._replace(meaning=self._classes[part.meaning])
 
     def name(self, number: int) -> str:
         return self.fine.name(number)

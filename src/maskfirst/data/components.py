@@ -6,6 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from maskfirst.data.coding import DataError, Truth
+from maskfirst.types import VOID
 
 _TOUCHING = np.ones((3, 3), bool)
 """Pixels are connected by their sides and their corners."""
@@ -33,7 +34,7 @@ class Components:
 
     def open(self, truth: Truth) -> Truth:
         """The truth with its things opened; the order of the classes is kept, crowds come last in theirs."""
-        ids = np.full_like(truth.ids, -1)
+        ids = np.full_like(truth.ids, VOID)
         classes: list[int] = []
         crowd: list[bool] = []
         windows = ndimage.find_objects(truth.ids + 1, len(truth.classes))
@@ -47,7 +48,9 @@ class Components:
                 classes.append(index)
                 crowd.append(many)
                 continue
-            regions, count = ndimage.label(inside, _TOUCHING)
+            regions = np.empty(inside.shape, np.int32)
+            ndimage.label(inside, _TOUCHING, output=regions)
+            count = int(regions.max())
             large = np.bincount(regions.ravel(), minlength=count + 1)[1:] >= self.smallest
             numbers = np.where(large, len(classes) + np.cumsum(large) - 1, len(classes) + large.sum())
             target[inside] = numbers[regions[inside] - 1]

@@ -20,6 +20,7 @@ from maskfirst.data.vocabulary import from_names, load, of_folder
 from maskfirst.errors import nearest
 from maskfirst.types import Sample, Vocabulary
 
+
 @dataclass(frozen=True)
 class Pair:
     """A picture and its label map on disk; `key` is the picture's path in its folder without the ending."""

@@ -8,23 +8,25 @@ import colorsys
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from jaxtyping import Bool, Float32, Int32, UInt8
-from PIL import Image
+from jaxtyping import Float32, Int32, UInt8
 
 from maskfirst.contracts import Dataset
 from maskfirst.data.coding import DataError
 from maskfirst.data.folder import choose
-from maskfirst.data.vocabulary import load
+from maskfirst.data.vocabulary import load, only_things
 from maskfirst.draw import to_picture, write_label_map
-from maskfirst.files import write_aside, write_json
+from maskfirst.files import write_aside
+from maskfirst.formats.coco_instances import InstancesWriter
+from maskfirst.formats.coco_panoptic import PanopticWriter
 from maskfirst.frames import Size
-from maskfirst.types import Sample
+from maskfirst.tasks import targets
+from maskfirst.types import Sample, SegmentMap
 
 SKY, FIELD, WATER = range(3)
 KINDS = ("circle", "square", "triangle", "star")
@@ -78,26 +80,25 @@ def write_demo(folder: Path | str, count: int = 12, size: tuple[int, int] = (192
         raise DataError(f"a demo of {count} scenes cannot have a training and a validation split; ask for 2 or more")
     folder = Path(folder)
     words = load("shapes")
+    things = only_things(words)
     pictures = []
     held = max(1, count // 4)
     for split, length in (("train", count - held), ("val", held)):
         scenes = Shapes(split, length, size, seed)
-        instances, panoptic = _Coco(scenes), _Coco(scenes)
-        for index in range(length):
-            sample = scenes[index]
-            picture = folder / "images" / split / f"{sample.key}.jpg"
-            pictures.append(picture)
-            _save(picture, to_picture(sample.image), "JPEG", quality=95)
-            labels = folder / "annotations" / split / f"{sample.key}.png"
-            write_label_map(labels, sample.truth.label_map(), words)
-            ids = sample.ids[0].numpy() + 1
-            _save(folder / "coco" / f"panoptic_{split}" / f"{sample.key}.png", _painted(ids), "PNG")
-            parts = _parts(ids, sample.classes.tolist(), scenes)
-            panoptic.add(index, sample.key, [{"file_name": f"{sample.key}.png", "segments_info": parts}])
-            things = [part for part, kind in zip(parts, sample.classes.tolist(), strict=True) if kind in words.things]
-            instances.add(index, sample.key, [part | {"segmentation": _runs(ids == part["id"])} for part in things])
-        instances.write(folder / "coco" / f"instances_{split}.json", things_only=True)
-        panoptic.write(folder / "coco" / f"panoptic_{split}.json", things_only=False)
+        instances = InstancesWriter(folder / "coco" / f"instances_{split}.json", things)
+        panoptic = PanopticWriter(folder / "coco" / f"panoptic_{split}.json", words)
+        for index, sample in enumerate(scenes[index] for index in range(length)):
+            truth, name = sample.truth, f"{sample.key}.jpg"
+            pictures.append(folder / "images" / split / name)
+            with write_aside(pictures[-1]) as aside:
+                to_picture(sample.image).save(aside, "JPEG", quality=95)
+            write_label_map(folder / "annotations" / split / f"{sample.key}.png", truth.label_map(), words)
+            panoptic.add(index, name, SegmentMap.of(truth))
+            shapes = targets(truth, words, "instance")
+            order = torch.tensor([things.names.index(words.names[kind]) for kind in shapes.classes], dtype=torch.int64)
+            instances.add(index, name, replace(shapes, classes=order))
+        instances.close()
+        panoptic.close()
     with write_aside(folder / "classes.yaml") as aside:
         rows = [
             {"name": name, "color": list(words.colors[i]), "thing": i in words.things, "id": words.ids[i]}
@@ -238,57 +239,3 @@ def _grid(size: Size) -> tuple[Map, Map]:
     """(y, x) of the pixels' centres, in heights of the picture."""
     y, x = np.meshgrid(*(((np.arange(n) + 0.5) / size[0]).astype(np.float32) for n in size), indexing="ij")
     return y, x
-
-
-class _Coco:
-    """A COCO file in the making."""
-
-    def __init__(self, scenes: Shapes) -> None:
-        self.scenes = scenes
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
-
-    def add(self, index: int, key: str, annotations: list[dict[str, Any]]) -> None:
-        height, width = self.scenes.size
-        self.images.append({"id": index, "file_name": f"{key}.jpg", "height": height, "width": width})
-        for annotation in annotations:
-            self.annotations.append(annotation | {"image_id": index, "id": len(self.annotations) + 1})
-
-    def write(self, path: Path, things_only: bool) -> None:
-        words = self.scenes.vocabulary
-        categories = [
-            {"id": words.ids[i], "name": name, "isthing": int(i in words.things)}
-            for i, name in enumerate(words.names)
-            if i in words.things or not things_only
-        ]
-        write_json(path, {"images": self.images, "annotations": self.annotations, "categories": categories})
-
-
-def _parts(ids: Int32[np.ndarray, "H W"], classes: list[int], scenes: Shapes) -> list[dict[str, Any]]:
-    """COCO's record of every segment; `ids` count from 1."""
-    parts = []
-    for number, index in enumerate(classes, 1):
-        rows, columns = np.nonzero(ids == number)
-        left, top = int(columns.min()), int(rows.min())
-        box = [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1]
-        category = scenes.vocabulary.ids[index]
-        parts.append({"id": number, "category_id": category, "area": len(rows), "bbox": box, "iscrowd": 0})
-    return parts
-
-
-def _runs(mask: Bool[np.ndarray, "H W"]) -> dict[str, list[int]]:
-    """COCO's uncompressed run lengths: down the columns, from a run outside the mask on."""
-    flat = np.concatenate([[False], mask.ravel(order="F")])
-    borders = np.flatnonzero(flat[1:] != flat[:-1])
-    runs = np.diff(np.concatenate([[0], borders, [mask.size]]))
-    return {"size": list(mask.shape), "counts": runs.tolist()}
-
-
-def _painted(ids: Int32[np.ndarray, "H W"]) -> Image.Image:
-    """COCO's panoptic picture: the segment is r + 256 g + 65536 b."""
-    return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8))
-
-
-def _save(path: Path, image: Image.Image, kind: str, **options: int) -> None:
-    with write_aside(path) as aside:
-        image.save(aside, kind, **options)

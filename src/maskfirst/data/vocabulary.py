@@ -73,6 +73,17 @@ def from_names(names: Sequence[str], things: Iterable[str] = ()) -> Vocabulary:
     return _made([{"name": name, "thing": name in things} for name in names], "vocabulary")
 
 
+def only_things(vocabulary: Vocabulary) -> Vocabulary:
+    """The things of a vocabulary, in its order and with its colours and numbers: what instance files speak of."""
+    kept = sorted(vocabulary.things)
+    return Vocabulary(
+        tuple(vocabulary.names[index] for index in kept),
+        frozenset(range(len(kept))),
+        tuple(vocabulary.colors[index] for index in kept),
+        tuple(vocabulary.ids[index] for index in kept),
+    )
+
+
 @functools.cache
 def contrasting(count: int) -> tuple[tuple[int, int, int], ...]:
     """`count` colours, each as far as can be from those before it and from black, grey and white."""

@@ -66,8 +66,12 @@ def _words(root: Path, vocabulary: str | list[str] | None) -> Vocabulary:
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):
         if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            raise DataError(f"{path}: names: the numbers should be 0..{len(names) - 1}, got {', '.join(map(str, names))}")
+            raise DataError(
+                f"{path}: names: the numbers should be 0..{len(names) - 1}, got {', '.join(map(str, names))}"
+            )
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{path}: `names` should be a list of names, or the names by their numbers; quote those like no")
+        raise DataError(
+            f"{path}: `names` should be a list of names, or the names by their numbers; quote those like no"
+        )
     return from_names(names, things=names)
