@@ -21,7 +21,7 @@ FLOORS = (
     {"optim", "training", "ranks", "loggers", "stream", "memory"},
     {"segmenter"},
     {"recipe", "build", "weights"},
-    {"train", "phase", "checkpoint", "callback", "evaluate", "predict", "outputs", "cost"},
+    {"train", "phase", "checkpoint", "callback", "evaluate", "score", "predict", "outputs", "cost"},
     {"convert"},
     {"cli"},
 )

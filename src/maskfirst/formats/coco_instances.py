@@ -41,8 +41,11 @@ class CocoInstances:
     `warnings` counts, as pictures are read, what is odd but can mean one thing only.
     """
 
-    def __init__(self, path: Path | str, vocabulary: Vocabulary | None = None) -> None:
-        """With `vocabulary`, classes are its indices, found as `coco.categories` says. Raises FormatError."""
+    def __init__(self, path: Path | str, vocabulary: Vocabulary | None = None, scored: bool = False) -> None:
+        """With `vocabulary`, classes are its indices, found as `coco.categories` says. `scored`: each instance must have a score.
+
+        Raises FormatError.
+        """
         content = load(path, _compact)
         self.path = Path(path)
         self.vocabulary, self.index = categories(content, path, vocabulary)
@@ -50,7 +53,7 @@ class CocoInstances:
         self.warnings: Counter[str] = Counter()
         self._annotations = _Annotations(self.path, self.index, self.images, self.warnings)
         for position, row in enumerate(rows(content, "annotations", path)):
-            self._annotations.add(row, f"annotations[{position}]")
+            self._annotations.add(row, f"annotations[{position}]", scored)
 
     def read(self, key: Key) -> Instances:
         """The instances of a picture, in the file's order; scores are 1 where it has none. Raises FormatError, KeyError."""
@@ -72,9 +75,7 @@ class Results(Mapping[Key, Instances]):
         self._annotations = _Annotations(self.path, index, pictures, self.warnings)
         for position, row in enumerate(content if listed else rows(content, "annotations", path)):
             place = f"[{position}]" if listed else f"annotations[{position}]"
-            self._annotations.add(row, place)
-            if row.score is None:
-                raise FormatError(f"{path}: {place}: no score; predictions need one each")
+            self._annotations.add(row, place, scored=True)
 
     def __getitem__(self, key: Key) -> Instances:
         theirs = self._theirs.get(key)
@@ -207,7 +208,7 @@ class _Annotations:
         self.path, self.index, self.pictures, self.warnings = path, index, pictures, warnings
         self.rows: dict[Key, list[tuple[str, int, _Row]]] = {key: [] for key in pictures}
 
-    def add(self, row: Any, place: str) -> None:
+    def add(self, row: Any, place: str, scored: bool) -> None:
         where = f"{self.path}: {place}"
         if not isinstance(row, _Row):
             raise FormatError(f"{where}: should be an object with an `image_id` and a `category_id`")
@@ -215,6 +216,8 @@ class _Annotations:
             raise FormatError(f"{where}: image_id {row.picture!r} is none of the {len(self.rows)} pictures")
         if row.crowd not in (0, 1):
             raise FormatError(f"{where}: iscrowd should be 0 or 1, got {row.crowd!r}")
+        if scored and row.score is None:
+            raise FormatError(f"{where}: no score; predictions need one each")
         for name, number in (("area", row.area), ("score", row.score)):
             if number is not None and (type(number) not in (int, float) or not math.isfinite(number)):
                 raise FormatError(f"{where}: {name} should be a number, got {number!r}")

@@ -138,7 +138,9 @@ def _match(truth: Instances, prediction: Instances, ignored: Bool[np.ndarray, "A
     for index in np.intersect1d(classes, true_classes):
         true = np.flatnonzero(true_classes == index)
         first, last = np.searchsorted(classes, [index, index + 1])
-        ious = coco.iou(rles[first:last], [truth.rles[place] for place in true], crowd[true].astype(np.uint8).tolist())
+        theirs = [truth.rles[place] for place in true]
+        # Its stub knows packed counts as bytes only; text will do.
+        ious = coco.iou(rles[first:last], theirs, crowd[true].tolist())  # pyright: ignore[reportArgumentType]
         _assign(np.asarray(ious), ignored[:, true], crowd[true], outcomes[first:last])
     return _Matches(classes, ranks, scores[order], outcomes)
 
