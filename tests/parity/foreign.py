@@ -12,7 +12,7 @@ class NotCoveredError(Exception):
     """A fixture that holds or asks for something that this runner does not compare."""
 
 
-class _Settings:
+class Settings:
     """A section of a config, read key by key; what is left unread in the end is not covered."""
 
     def __init__(self, content: Mapping[str, Any], place: str) -> None:
@@ -43,12 +43,12 @@ HEADS = {"ATMHead": "atm", "ATMSingleHead": "atm_single", "TPNATMHead": "atm_shr
 
 def recipe_tree(config: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of the same model. Pictures of the fixtures are normalised already, so it does nothing to them."""
-    top = _Settings(config, "config")
+    top = Settings(config, "config")
     top.only("type", "EncoderDecoder")
     for key in ("pretrained", "init_cfg", "train_cfg", "neck", "auxiliary_head"):
         top.only(key, None, {})
     trunk, shrink, taps = _backbone(top.need("backbone"))
-    head = _Settings(top.need("decode_head"), "decode_head")
+    head = Settings(top.need("decode_head"), "decode_head")
     kind, side, classes = head.need("type"), head.need("img_size"), head.need("num_classes")
     if kind not in HEADS:
         raise NotCoveredError(f"decode_head.type: {kind!r}; known: {', '.join(HEADS)}")
@@ -69,7 +69,7 @@ def recipe_tree(config: Mapping[str, Any]) -> dict[str, Any]:
         proposer["project"] = head.take("use_proj", True)
     else:
         head.only("use_proj", True)
-    loss = _Settings(head.need("loss_decode"), "decode_head.loss_decode")
+    loss = Settings(head.need("loss_decode"), "decode_head.loss_decode")
     criterion, proposer["earlier"] = _loss(loss, classes)
     head.only("in_channels", trunk["width"])
     head.only("ignore_index", 255)
@@ -80,7 +80,7 @@ def recipe_tree(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("channels", "dropout_ratio", "norm_cfg", "act_cfg"):
         head.take(key, None)
     head.done()
-    test = _Settings(top.need("test_cfg"), "test_cfg")
+    test = Settings(top.need("test_cfg"), "test_cfg")
     inference: dict[str, Any] = {"multiple": 1}
     if test.need("mode") == "slide":
         inference |= {"window": _pair(test.need("crop_size")), "stride": _pair(test.need("stride"))}
@@ -108,10 +108,10 @@ def segmenter(tree: dict[str, Any], source: str) -> Segmenter:
 
 def loss_criterion(config: Mapping[str, Any], classes: int) -> tuple[dict[str, Any], int]:
     """The recipe of an ATMLoss, and how many earlier guesses it weighs."""
-    return _loss(_Settings(config, "loss"), classes)
+    return _loss(Settings(config, "loss"), classes)
 
 
-def _loss(loss: _Settings, classes: int) -> tuple[dict[str, Any], int]:
+def _loss(loss: Settings, classes: int) -> tuple[dict[str, Any], int]:
     loss.only("type", "ATMLoss")
     loss.only("num_classes", classes)
     loss.only("use_point", False)
@@ -128,14 +128,14 @@ def _loss(loss: _Settings, classes: int) -> tuple[dict[str, Any], int]:
 
 
 def _backbone(content: Mapping[str, Any]) -> tuple[dict[str, Any], int | None, list[int]]:
-    vit = _Settings(content, "backbone")
+    vit = Settings(content, "backbone")
     kind = vit.need("type")
     if kind not in ("VisionTransformer", "vit_shrink"):
         raise NotCoveredError(f"backbone.type: {kind!r}; known: 'VisionTransformer', 'vit_shrink'")
     depth = vit.need("num_layers")
     taps = _taps(vit.need("out_indices"), depth)
     shrink = vit.need("shrink_idx") if kind == "vit_shrink" else None
-    norm = _Settings(vit.take("norm_cfg", {"type": "LN"}), "backbone.norm_cfg")
+    norm = Settings(vit.take("norm_cfg", {"type": "LN"}), "backbone.norm_cfg")
     norm.only("type", "LN")
     norm.take("requires_grad", True)
     trunk = {

@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from . import mask2former
 from .rows import Row, failed
 from .tables import FILES
 from .variant import variant
@@ -35,21 +37,29 @@ def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
     for pattern, known in FILES.items():
         if re.fullmatch(pattern, path.name):
             return known
-    if path.suffix == ".json" and _describes_variant(path):
+    told = _told(path) if path.suffix == ".json" else {}
+    if {"config", "arrays"} <= told.keys():
         return lambda folder, path: variant(folder, path.stem)
-    return None
+    if path.name == "meta.json" and mask2former.is_operator(told):
+        return mask2former.operator
+    return mask2former.KINDS.get(told.get("kind", "")) if path.name == "config.json" else None
 
 
-def _describes_variant(path: Path) -> bool:
+def _told(path: Path) -> dict[str, Any]:
+    """What a JSON file has by name; nothing where it is no such."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return False
-    return isinstance(told, dict) and {"config", "arrays"} <= told.keys()
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _belonging(path: Path) -> set[str]:
     """The file itself and those that are read with it."""
+    if path.name == "config.json":
+        return {path.name, "io.npz", "state.safetensors"}
+    if path.name == "meta.json":
+        return {path.name, *(f"{case}.npz" for case in _told(path))}
     weights = (
         re.search(r'"backbone_weights":\s*"([^"]+)"', path.read_text(encoding="utf-8"))
         if path.suffix == ".json"

@@ -13,7 +13,7 @@ from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
 from maskfirst.contracts import Resizable
-from maskfirst.convert import eomt, segvit, vit
+from maskfirst.convert import eomt, mask2former, segvit, vit
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
 from maskfirst.errors import UserError
@@ -62,6 +62,13 @@ _TRUNK = "proposer.backbone.trunk"
 ORIGINS: tuple[Whole | Part, ...] = (
     Whole("SegViT", segvit.recognises, lambda tensors: str(segvit.facts(tensors)), segvit.plan, segvit.rules),
     Whole("EoMT", eomt.recognises, lambda tensors: str(eomt.facts(tensors)), eomt.plan, eomt.rules),
+    Whole(
+        "Mask2Former",
+        mask2former.recognises,
+        lambda tensors: str(mask2former.facts(tensors)),
+        mask2former.plan,
+        mask2former.rules,
+    ),
     Part("a ViT of mmseg's", vit.is_mmseg, _TRUNK, vit.MMSEG.build, vit.mmseg_rules),
     Part("a ViT of AugReg's (JAX)", vit.is_jax, _TRUNK, vit.JAX.build, vit.jax_rules),
     Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, vit.timm_rules),
@@ -145,10 +152,11 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
     overrides: tuple[str, ...] = ()
     if recipe is None:
         if plan is None:
-            known = ", ".join(f"{file} ({name})" for file, name in released().items())
+            known = _some([f"{file} ({name})" for file, name in released().items()])
             raise ConvertError(
                 f"{checkpoint}: {holds}, which no bundled recipe is; give its own with --recipe. Released are: {known}."
             )
+        plan = _named(checkpoint, tensors, origin) or plan
         recipe, overrides = recipes.load(*plan), plan[1]
     try:
         experiment, segmenter, renamed = _fitted(tensors, origin, recipe)
@@ -166,6 +174,18 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
     notes = _name_notes(opened.beside, experiment.vocabulary)
     taken, left = len(renamed.homes), renamed.left
     return Report(str(checkpoint), origin.name, holds, recipe.name, overrides, str(out), taken, left, notes)
+
+
+def _named(checkpoint: Path, tensors: Tensors, origin: Whole) -> tuple[str, tuple[str, ...]] | None:
+    """The recipe that was released under the file's name, if it fits: models for several tasks can have the same shapes."""
+    name = released().get(checkpoint.name)
+    if name is None:
+        return None
+    try:
+        _fitted(tensors, origin, recipes.load(name))
+    except RenameError:
+        return None
+    return name, ()
 
 
 def _fitted(tensors: Tensors, origin: Whole, recipe: Recipe) -> tuple[Experiment, Segmenter, Renamed]:

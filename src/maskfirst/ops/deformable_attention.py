@@ -96,7 +96,8 @@ def _neighbours(sizes: Sequence[Size], places: Tensor, weights: Tensor) -> _Neig
         table + (sum(lengths) + 2) * torch.arange(batch, dtype=torch.int32, device=places.device)[:, None, None, None]
     )
     table = table * heads + torch.arange(heads, dtype=torch.int32, device=places.device)[:, None, None]
-    first = torch.addcmul(left, top, each(strides)).int()
+    # What is not a number shows in the shares; as a row it would lie anywhere in memory.
+    first = torch.addcmul(left, top, each(strides)).nan_to_num().int()
     first = torch.add(table.expand(-1, -1, -1, points).reshape(batch, 1, -1), first, alpha=heads)
     corners = [[0, 1, stride, stride + 1] for stride in strides for _ in range(points)]
     steps = heads * torch.tensor(corners, dtype=torch.int32, device=places.device).T
