@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from maskfirst.contracts import Dataset
     from maskfirst.cost import Cost
     from maskfirst.data.check import Report
+    from maskfirst.segmenter import Segmenter
     from maskfirst.types import Vocabulary
 
 DEFAULT = "camvid-small"
@@ -60,6 +61,13 @@ class Task(StrEnum):
     panoptic = "panoptic"
 
 
+class Values(StrEnum):
+    """What label maps hold: indices of classes, or the vocabulary's own numbers for them."""
+
+    by_index = "index"
+    by_id = "ids"
+
+
 class Log(StrEnum):
     """A place for the numbers of a training, besides the run folder's own log."""
 
@@ -83,6 +91,7 @@ Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine: GP
 Trust = Annotated[
     bool, typer.Option("--trust", help="Import classes of your own that the weights name, package.module:Class.")
 ]
+Boundary = Annotated[bool, typer.Option("--boundary", help="Score label maps along borders, too: boundary IoU.")]
 Tta = Annotated[bool, typer.Option("--tta", help="Average over the scales and flips of the recipe's `inference`.")]
 
 
@@ -139,6 +148,7 @@ def evaluate(
     changes: Changes = None,
     split: Annotated[Split, typer.Option(help="The part of the data.")] = Split.val,
     task: Annotated[Task | None, typer.Option(help="In place of the recipe's.")] = None,
+    boundary: Boundary = False,
     tta: Tta = False,
     trust: Trust = False,
     proposer: Annotated[Oracle | None, typer.Option(help="Take the true masks: measures the names alone.")] = None,
@@ -178,6 +188,7 @@ def evaluate(
                 gather=ranks.gather,
                 progress=advance,
                 worst_dir=None if out is None else out / "worst",
+                boundary=boundary,
             )
     if not chief:
         return
@@ -191,6 +202,60 @@ def evaluate(
 
 
 @app.command()
+def score(
+    truth: Annotated[
+        Path,
+        typer.Argument(help="A folder of label maps, a JSON file in one of COCO's formats, or Cityscapes' gtFine."),
+    ],
+    prediction: Annotated[Path, typer.Argument(help="The same of predictions; for instances a list of results, too.")],
+    task: Annotated[Task, typer.Option(help="What was predicted.")],
+    vocabulary: Annotated[
+        str | None, typer.Option(help="The names of the classes, bundled or a file; the truth's own by default.")
+    ] = None,
+    ignore: Annotated[
+        int | None,
+        typer.Option(
+            help="No class, in label maps. 255 by default, 65535 with more than 254 classes.", min=0, max=65535
+        ),
+    ] = None,
+    truth_values: Annotated[
+        Values | None, typer.Option(help="What label maps of the truth hold, where they do not show it.")
+    ] = None,
+    prediction_values: Annotated[
+        Values | None, typer.Option(help="The same of the predictions; index, where they do not show it.")
+    ] = None,
+    boundary: Boundary = False,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the scores.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score saved predictions against saved truth, class by class, as the reference evaluators do."""
+    from maskfirst.data.vocabulary import load
+    from maskfirst.files import write_json
+    from maskfirst.score import score
+
+    with _bar("scoring", True) as advance:
+        result = score(
+            truth,
+            prediction,
+            task.value,
+            None if vocabulary is None else load(vocabulary),
+            ignore=ignore,
+            truth_values=None if truth_values is None else truth_values.value,
+            prediction_values=None if prediction_values is None else prediction_values.value,
+            boundary=boundary,
+            progress=advance,
+        )
+    for warning in result.warnings:
+        print(f"maskfirst: warning: {warning}", file=sys.stderr)
+    if out is not None:
+        write_json(out, result.as_json())
+    if as_json:
+        _print_json(result.as_json())
+    else:
+        _print(result.found.as_table())
+
+
+@app.command()
 def predict(
     arguments: Annotated[
         list[str],
@@ -198,12 +263,23 @@ def predict(
             metavar="[WEIGHTS] PATH...", help=f"Weights ({DEFAULT} if none are named); files, folders and globs."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for label maps, overlays and summary.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is made, overlays and summary.json.")],
     weights: Annotated[str | None, typer.Option(help="The weights, if not the first argument.")] = None,
-    task: Annotated[Task, typer.Option(help="What to make of the pictures.")] = Task.semantic,
+    task: Annotated[
+        Task | None,
+        typer.Option(
+            help="What to make of the pictures: label maps (semantic), COCO's panoptic or instance files. "
+            "By default what the model was made for."
+        ),
+    ] = None,
+    yolo: Annotated[bool, typer.Option("--yolo", help="Write instances as YOLO's polygons, too.")] = False,
+    least_score: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Of instances in overlays, the summary and YOLO's files; COCO's has all."),
+    ] = 0.5,
     tta: Tta = False,
     trust: Trust = False,
-    overlays: Annotated[bool, typer.Option(help="Paint the classes over the pictures, too.")] = True,
+    overlays: Annotated[bool, typer.Option(help="Paint the segments over the pictures, too.")] = True,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the paint.")] = 0.5,
     colors: Annotated[
         str | None, typer.Option(metavar="VOCABULARY", help="Take the colours of this one, a bundled name or a file.")
@@ -212,7 +288,7 @@ def predict(
     precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
     as_json: Json = False,
 ) -> None:
-    """Segment pictures: label maps, overlays with a legend, and the share of every class."""
+    """Segment pictures: label maps or COCO's files, overlays with a legend, and the share of every class."""
     import torch
 
     from maskfirst import build
@@ -229,13 +305,15 @@ def predict(
             segmenter,
             paths,
             out,
-            task.value,
+            task.value if task else _default_task(chosen, segmenter),
             overlays=overlays,
             opacity=opacity,
             colors=painted,
             resume=resume,
             augment=tta,
             progress=advance,
+            least_score=least_score,
+            yolo=yolo,
         )
     if as_json:
         _print_json(summary.as_json())
@@ -336,10 +414,10 @@ def recipes(as_json: Json = False) -> None:
     if as_json:
         _print_json([asdict(row) for row in rows])
         return
-    table = Table(caption="mIoU, with test-time augmentation after the slash; parameters; multiply-adds")
+    table = Table(caption="scores, mIoU where none is named and with test-time augmentation after it; parameters; multiply-adds")
     table.add_column("recipe", no_wrap=True)
     table.add_column("data")
-    for column in ("mIoU", "ours", "M", "ours", "G", "ours"):
+    for column in ("scores", "ours", "M", "ours", "G", "ours"):
         table.add_column(column, justify="right")
     table.add_column("checkpoint")
     for row in rows:
@@ -347,15 +425,22 @@ def recipes(as_json: Json = False) -> None:
         table.add_row(
             row.name,
             next((figures.dataset for figures in (told, own) if figures), ""),
-            " / ".join(f"{score:.1f}" for score in told.scores.values()) if told else "",
-            " / ".join(f"{score:.1f}" for score in own.scores.values()) if own else "",
-            f"{told.parameters / 1e6:.1f}" if told else "",
+            _scores(told.scores) if told else "",
+            _scores(own.scores) if own else "",
+            f"{told.parameters / 1e6:.1f}" if told and told.parameters else "",
             f"{row.parameters / 1e6:.1f}",
-            f"{told.gflops:.1f}" if told else "",
-            f"{row.gflops:.1f}",
+            f"{told.gflops:.1f}" if told and told.gflops else "",
+            f"{row.gflops:.1f}" if row.gflops else "",
             told.checkpoint if told else "",
         )
     _print(table)
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    """Such as "54.6 / 55.2" for mIoU, plain and augmented, or "PQ 57.8 / AP 48.6 / mIoU 67.4"."""
+    if scores.keys() <= {"mIoU", "mIoU_tta"}:
+        return " / ".join(f"{score:.1f}" for score in scores.values())
+    return " / ".join(f"{name} {score:.1f}" for name, score in scores.items())
 
 
 @app.command()
@@ -442,6 +527,14 @@ def _weights_and_paths(arguments: list[str], weights: str | None) -> tuple[str, 
     if not others:
         raise UserError(f"predict {first}: weights, but no pictures; name files, folders or globs after them")
     return first, others
+
+
+def _default_task(weights: str, segmenter: "Segmenter") -> str:
+    """The task of the recipe in weights, or the first that the model can do."""
+    from maskfirst.types import TASKS
+
+    asked = _of_weights(weights, None, trusted=False).task
+    return next(task for task in (asked, *TASKS) if task in segmenter.proposer.tasks)
 
 
 def _datasets(what: str, changes: list[str] | None) -> dict[str, "Dataset"]:
