@@ -57,7 +57,7 @@ def from_runs(counts: Sequence[int], size: Size) -> Rle:
     return {"size": packed["size"], "counts": packed["counts"].decode()}
 
 
-def from_polygons(polygons: Sequence[Sequence[float]], size: Size) -> Rle:
+def from_polygons(polygons: Sequence[Sequence[float | int]], size: Size) -> Rle:
     """The union of polygons [x0, y0, x1, y1, ...] px, by COCO's own rasteriser; parts outside of the picture are cut off.
 
     Each polygon has at least three points; one that crosses itself is filled by the even-odd rule.
@@ -146,7 +146,9 @@ def _encoded(mask: Bool[np.ndarray, "H W"]) -> Rle:
     # A run that goes on from the foot of a column to the head of the next is one.
     through = borders[1:] == borders[:-1]
     borders = borders[~(np.append(through, False) | np.append(False, through))]
-    return from_runs(np.diff(borders, prepend=0, append=height * width).tolist(), (height, width))
+    runs = np.diff(borders, prepend=0, append=height * width)
+    # As pycocotools has it, no empty run at the end.
+    return from_runs((runs if runs[-1] else runs[:-1]).tolist(), (height, width))
 
 
 def _joined(corners: list[tuple[int, int]], across: list[int], along: list[int]) -> list[int]:
