@@ -42,7 +42,7 @@ class CocoInstances:
     """
 
     def __init__(self, path: Path | str, vocabulary: Vocabulary | None = None, scored: bool = False) -> None:
-        """With `vocabulary`, classes are its indices, found as `coco.categories` says. `scored`: each instance must have a score.
+        """With `vocabulary`, classes are its indices, found as `coco.categories` says. `scored`: all must have a score.
 
         Raises FormatError.
         """
@@ -60,8 +60,11 @@ class CocoInstances:
         return self._annotations.read(key)
 
 
-class Results(Mapping[Key, Instances]):
-    """Predictions for every picture of a truth; none for those that the file does not speak of."""
+class Results(Mapping):
+    """Predictions for every picture of a truth, `Instances` by its key; none where the file does not speak of one.
+
+    A plain Mapping, as what checks types would open an item of one that says of what.
+    """
 
     def __init__(self, path: Path | str, truth: CocoInstances) -> None:
         content = load(path, _compact)
