@@ -173,3 +173,11 @@ def test_evaluations_are_fractions_of_the_training() -> None:
     assert Training(steps=10, batch=1, evaluate_every=0.3).evaluations == [3, 6, 9, 10]
     assert Training(steps=10, batch=1, evaluate_every=1.0).evaluations == [10]
     assert Training(steps=3, batch=1, evaluate_every=0.1).evaluations == [1, 2, 3]
+
+
+def test_drops_bring_the_rate_to_a_tenth() -> None:
+    schedule = Schedule(power=0.0, drops=(0.5, 0.75))
+    factors = [schedule.factor(step, 8) for step in range(8)]
+    assert factors == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    with pytest.raises(UserError, match=r"drops: \[1.5\] must lie between 0 and 1"):
+        Schedule(drops=(1.5,))

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -414,7 +414,7 @@ def recipes(as_json: Json = False) -> None:
     if as_json:
         _print_json([asdict(row) for row in rows])
         return
-    table = Table(caption="scores, mIoU where none is named and with test-time augmentation after it; parameters; multiply-adds")
+    table = Table(caption="scores, of mIoU with test-time augmentation after the slash; parameters; multiply-adds")
     table.add_column("recipe", no_wrap=True)
     table.add_column("data")
     for column in ("scores", "ours", "M", "ours", "G", "ours"):

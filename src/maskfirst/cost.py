@@ -71,16 +71,16 @@ class Cost:
 class Published:
     """What others have reported for the model of a recipe: its section `published`.
 
-    `scores` in percent, those with test-time augmentation as `..._tta`. `parameters`: of the original code's model. `gflops`:
-    1e9 multiply-accumulates. `checkpoint`: the file that was released. `source`: where it lies.
+    `scores` in percent, those with test-time augmentation as `..._tta`. `checkpoint`: the file that was released. `source`:
+    where it lies. `parameters`: of the original code's model. `gflops`: 1e9 multiply-accumulates.
     """
 
     dataset: str
     scores: dict[str, float]
-    parameters: int
-    gflops: float
     checkpoint: str
     source: str
+    parameters: int | None = None
+    gflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """A bundled recipe: the original's figures, and ours. `gflops`: 1e9 multiply-adds of one picture of `size` px."""
+    """A bundled recipe: the original's figures, and ours. `gflops`: 1e9 multiply-adds of one picture of `size` px.
+
+    Both are None for a network that is made for no size in particular.
+    """
 
     name: str
-    size: Size
+    size: Size | None
     parameters: int
-    gflops: float
+    gflops: float | None
     published: Published | None
     measured: Measured | None
 
@@ -110,14 +113,13 @@ def recipes_table() -> Iterator[Row]:
     """The bundled recipes by name, each counted as it is asked for: about a second for the largest."""
     for name in recipes.names():
         experiment = Experiment(recipes.load(name))
-        if experiment.size is None:
-            continue
         segmenter = experiment.segmenter(meta=True)
+        size = experiment.size
         yield Row(
             name,
-            experiment.size,
+            size,
             sum(parameters_by_part(segmenter).values()),
-            multiply_adds(segmenter, experiment.size)[0].total() / 1e9,
+            None if size is None else multiply_adds(segmenter, size)[0].total() / 1e9,
             figures(experiment.recipe, "published", Published),
             figures(experiment.recipe, "measured", Measured),
         )

@@ -73,20 +73,25 @@ class Schedule:
     """Polynomial decay after a linear warm-up, per step.
 
     `warmup` is a fraction of the training, `warmup_ratio` the factor that it starts from, `end` the factor it all ends at.
+    `drops`: fractions at which the rate falls to a tenth besides; with `power` 0 that is all there is.
     """
 
     power: float = 1.0
     warmup: float = 0.0
     warmup_ratio: float = 1e-6
     end: float = 0.0
+    drops: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup <= 1:
             raise UserError(f"warmup: {self.warmup} must lie in 0..1, as a fraction of the training")
+        if any(not 0 < drop < 1 for drop in self.drops):
+            raise UserError(f"drops: {list(self.drops)} must lie between 0 and 1, as fractions of the training")
 
     def factor(self, step: int, steps: int) -> float:
         """What multiplies the learning rate at step 0..steps-1."""
         decayed = (1 - step / steps) ** self.power * (1 - self.end) + self.end
+        decayed *= 0.1 ** sum(step >= round(drop * steps) for drop in self.drops)
         rising = round(self.warmup * steps)
         if step >= rising:
             return decayed
