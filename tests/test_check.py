@@ -1,6 +1,7 @@
 """What `check` finds: one data folder is spoilt in one way at a time."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskfirst import cli
 from maskfirst.data.check import Problem, Report, check
 from maskfirst.data.folder import Folder
 from maskfirst.data.shapes import Shapes, write_demo
@@ -210,6 +212,29 @@ def test_unreadable_files_are_named_and_the_rest_goes_on(root: Path) -> None:
     assert f"{label}: broken or cut short" in report.problems[1].message
     assert report.frequencies["train"][0].images == 3, "the label map of a broken picture still counts"
     assert report.frequencies["val"][0].images == 2
+
+
+def test_many_unreadable_files_are_one_problem(root: Path) -> None:
+    for index in range(21):
+        write(root, "train", f"x{index:02d}", np.zeros((8, 8), np.uint8), seed=index)
+        (root / f"images/train/x{index:02d}.png").write_bytes(b"")
+    problem = only(look(root))
+    assert problem.kind == "unreadable"
+    assert "files that cannot be read: 21 (" in problem.message
+    assert " and 18 more)" in problem.message
+    assert len(problem.items) == 21
+
+
+def test_pictures_without_a_class_are_counted_and_no_fault(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "de":
+        write(root, "val", name, np.full((8, 8), 255, np.uint8))
+    report = look(root)
+    assert report.problems == []
+    assert report.empty == {"train": 0, "val": 2}
+    cli._print_report(report)
+    assert re.search(r"nothing with a class +│ +in 0 +│ +in 2", capsys.readouterr().out)
+    cli._print_report(look(root, vocabulary=[*NAMES, "more"]))
+    assert "nothing wrong" not in capsys.readouterr().out
 
 
 def test_vocabularies_differ(root: Path) -> None:

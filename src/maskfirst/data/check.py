@@ -40,6 +40,8 @@ Kind = Literal[
 ]
 SHEET = 12
 """Pictures on the contact sheet."""
+_MANY = 20
+"""Unreadable files that are told one by one; more of them, as of a download that was cut off, are told as one."""
 _AT_ONCE = 256
 """Pictures that are asked for before the first answer is awaited, so that stopping does not wait for all."""
 
@@ -223,9 +225,14 @@ def _lone_files(split: str, dataset: Paired) -> Iterator[Problem]:
 
 
 def _broken(split: str, looks: Sequence[_Look]) -> Iterator[Problem]:
-    for look in looks:
-        for message in look.broken:
-            yield Problem("unreadable", split, message, "replace or remove it", (look.place,))
+    broken = [(look.place, message) for look in looks for message in look.broken]
+    if len(broken) > _MANY:
+        messages = [message for _, message in broken]
+        told = f"files that cannot be read: {len(broken)} ({_some(messages)})"
+        yield Problem("unreadable", split, told, "replace or remove them", tuple(messages))
+    else:
+        for place, message in broken:
+            yield Problem("unreadable", split, message, "replace or remove it", (place,))
     misfits = [look for look in looks if look.misfit]
     if misfits:
         yield Problem(

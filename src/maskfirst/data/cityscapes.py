@@ -12,7 +12,7 @@ from maskfirst.data.folder import Listing, Paired, choose, match
 from maskfirst.data.vocabulary import load
 from maskfirst.types import VOID, Vocabulary
 
-Truth = Literal["fine", "coarse"]
+Drawn = Literal["fine", "coarse"]
 
 _LABELS = range(34)
 """All label ids, those that are not evaluated included; a licence plate has none, and is drawn as nothing."""
@@ -28,7 +28,7 @@ class Cityscapes(Paired):
     """The semantic task: `leftImg8bit/{split}/{city}` and label ids from `gtFine` or `gtCoarse`; 2,975 and 500 fine ones."""
 
     def __init__(
-        self, root: str = "data/cityscapes", split: str = "train", truth: Truth = "fine", limit: int | None = None
+        self, root: str = "data/cityscapes", split: str = "train", truth: Drawn = "fine", limit: int | None = None
     ) -> None:
         """`split`: train, val, or test (without truth), coarse also train_extra. `limit`: use so many. Raises DataError."""
         words = load("cityscapes")
@@ -40,7 +40,7 @@ class CityscapesPanoptic(Paired):
     """The panoptic task, from instance ids. Things that are drawn as a group are crowds, as in the official conversion."""
 
     def __init__(
-        self, root: str = "data/cityscapes", split: str = "train", truth: Truth = "fine", limit: int | None = None
+        self, root: str = "data/cityscapes", split: str = "train", truth: Drawn = "fine", limit: int | None = None
     ) -> None:
         """See Cityscapes."""
         super().__init__(_listing(Path(root), split, truth, "instanceIds", limit), instance_ids(load("cityscapes")))
@@ -50,7 +50,7 @@ class CityscapesInstance(Paired):
     """The instance task, from instance ids: the 8 things, groups of them being crowds."""
 
     def __init__(
-        self, root: str = "data/cityscapes", split: str = "train", truth: Truth = "fine", limit: int | None = None
+        self, root: str = "data/cityscapes", split: str = "train", truth: Drawn = "fine", limit: int | None = None
     ) -> None:
         """See Cityscapes."""
         words = load("cityscapes_things")
@@ -72,7 +72,7 @@ def _classes(vocabulary: Vocabulary) -> Mapping[int, int]:
     return {label: index for index, label in enumerate(vocabulary.ids)}
 
 
-def _listing(root: Path, split: str, truth: Truth, kind: str, limit: int | None) -> Listing:
+def _listing(root: Path, split: str, truth: Drawn, kind: str, limit: int | None) -> Listing:
     part, name = choose(split, _PARTS[truth], "cityscapes"), f"gt{truth.capitalize()}"
     pictures = ("_leftImg8bit.png", "_leftImg8bit.jpg")
     return match(root, f"leftImg8bit/{part}", f"{name}/{part}", f"_{name}_{kind}.png", limit, pictures)
