@@ -152,13 +152,18 @@ def evaluate(
     )
 
 
+def require_known(task: str) -> None:
+    """Raises UserError where `task` is none."""
+    if task not in MEASURES:
+        raise UserError(f"unknown task '{task}'.{nearest(task, MEASURES)} Known: {', '.join(MEASURES)}.")
+
+
 def measure_of(task: str, vocabulary: Vocabulary, boundary: bool = False) -> Measure:
     """How `task` is scored; with `boundary`, which only the semantic one has, by boundary IoU, too.
 
     Raises UserError where the vocabulary has no things for it.
     """
-    if task not in MEASURES:
-        raise UserError(f"unknown task '{task}'.{nearest(task, MEASURES)} Known: {', '.join(MEASURES)}.")
+    require_known(task)
     if task == "instance" and not vocabulary.things:
         raise UserError(
             "the vocabulary has no things, and instances are counted of things only; mark them with `thing: true`"

@@ -18,10 +18,10 @@ from maskfirst.data.cityscapes import instance_ids
 from maskfirst.data.images import read_label_map
 from maskfirst.data.vocabulary import from_names, load
 from maskfirst.errors import UserError, nearest
-from maskfirst.evaluate import Evaluation, measure_of
+from maskfirst.evaluate import Evaluation, measure_of, require_known
 from maskfirst.formats import rle
 from maskfirst.formats.coco import Key
-from maskfirst.formats.coco_instances import CocoInstances, read_results
+from maskfirst.formats.coco_instances import CocoInstances, Results
 from maskfirst.formats.coco_panoptic import CocoPanoptic
 from maskfirst.formats.instances import Instances
 from maskfirst.frames import Size
@@ -102,6 +102,7 @@ def score(
     Raises UserError.
     """
     start = time.perf_counter()
+    require_known(task)
     truth, prediction = (_there(Path(path)) for path in (truth, prediction))
     if task == "semantic":
         vocabulary, known, guessed = _label_maps(truth, prediction, vocabulary, ignore, truth_values, prediction_values)
@@ -195,6 +196,8 @@ def _label_side(
     table = np.full(LARGEST + 1, unknown, np.int32)
     if values == "ids":
         table[list(spare)] = VOID
+    if side == "prediction":
+        table[255] = VOID  # as `predict` writes it, whatever the truth has
     for index, number in enumerate(range(len(vocabulary)) if values == "index" else vocabulary.ids):
         if 0 <= number <= LARGEST:
             table[number] = index
@@ -277,7 +280,7 @@ def _instances(truth: Path, prediction: Path, vocabulary: Vocabulary | None) -> 
     known = _instances_side(told)
     if not _is_list(_json(prediction)):
         return told.vocabulary, known, _instances_side(CocoInstances(prediction, told.vocabulary, scored=True))
-    results = read_results(prediction, told)
+    results = Results(prediction, told)
     return told.vocabulary, known, Side(prediction, known.pictures, lambda key: results[key] or None, results.warnings)
 
 
