@@ -13,9 +13,8 @@ from pycocotools.coco import COCO
 
 from fixtures_dir import FIXTURES
 from maskfirst.formats import FormatError, coco, rle
-from maskfirst.formats.coco_instances import CocoInstances, InstancesWriter, read_results
+from maskfirst.formats.coco_instances import CocoInstances, InstancesWriter, Results
 from maskfirst.formats.coco_panoptic import CocoPanoptic, PanopticWriter
-from maskfirst.formats.instances import Instances
 from maskfirst.types import VOID, SegmentMap, Segments, Vocabulary
 
 WORDS = Vocabulary(("sky", "car", "straße"), frozenset({1, 2}), ((1, 2, 3), (200, 0, 0), (0, 0, 0)), (10, 3, 7))
@@ -369,22 +368,13 @@ def test_results_are_a_list_or_a_file_like_the_truth(tmp_path: Path) -> None:
     truth = CocoInstances(instances(tmp_path, {"image_id": 1, "category_id": 3, "segmentation": SQUARE}))
     mask = rle.from_polygons(SQUARE, (6, 8))
     row = {"image_id": 1, "category_id": 7, "segmentation": mask, "score": 0.123456789012}
-    listed = read_results(write_json(tmp_path / "r.json", [row, row | {"category_id": 3}]), truth)
+    listed = Results(write_json(tmp_path / "r.json", [row, row | {"category_id": 3}]), truth)
     assert list(listed) == [1]
     assert listed[1].classes.tolist() == [2, 1]
     assert listed[1].scores.tolist() == [0.123456789012] * 2, "to the last digit"
     assert listed[1].rles == [mask, mask]
 
-    # Another model: other numbers for pictures and categories, the same names.
-    theirs = Vocabulary(("straße", "car"), frozenset({0, 1}), ((9, 9, 9), (8, 8, 8)), (0, 1))
-    writer = InstancesWriter(tmp_path / "w.json", theirs)
-    writer.add(
-        77, "folder/x.png", Instances([mask], torch.tensor([0]), torch.tensor([0.5]), torch.tensor([False]), (6, 8))
-    )
-    writer.close()
-    written = read_results(tmp_path / "w.json", truth)
-    assert written[1].classes.tolist() == [2]
-    assert len(read_results(write_json(tmp_path / "none.json", []), truth)[1]) == 0
+    assert len(Results(write_json(tmp_path / "none.json", []), truth)[1]) == 0
 
 
 @pytest.mark.parametrize(
@@ -397,22 +387,26 @@ def test_results_are_a_list_or_a_file_like_the_truth(tmp_path: Path) -> None:
         ([{"image_id": 2, "category_id": 3, "segmentation": SQUARE, "score": 1}], r"\[0\]: image_id 2 is none"),
         ([{"image_id": 1, "category_id": 3, "bbox": [1, 1, 2, 2], "score": 1}], r"\[0\]: no mask"),
         ([5], r"\[0\]: should be an object"),
-        ({"annotations": []}, "no list of `images`"),
+        ({"annotations": []}, "results should be a list"),
     ],
 )
 def test_bad_results_are_told(tmp_path: Path, content: object, sentence: str) -> None:
     truth = CocoInstances(instances(tmp_path))
     with pytest.raises(FormatError, match=sentence):
-        read_results(write_json(tmp_path / "r.json", content), truth)[1]
+        Results(write_json(tmp_path / "r.json", content), truth)[1]
 
 
-def test_results_of_another_size_are_told(tmp_path: Path) -> None:
-    truth = CocoInstances(instances(tmp_path))
-    writer = InstancesWriter(tmp_path / "w.json", WORDS)
-    writer.add(1, "x.jpg", Segments.from_label_map(torch.zeros(5, 8, dtype=torch.int64)))
+def test_predictions_in_a_file_like_the_truth_have_classes_by_name_and_scores(tmp_path: Path) -> None:
+    theirs = Vocabulary(("straße", "car", "sky"), frozenset({0, 1}), ((9, 9, 9),) * 3, (0, 1, 2))
+    writer = InstancesWriter(tmp_path / "w.json", theirs)
+    writer.add(77, "folder/x.png", scene(0)[:2])
     writer.close()
-    with pytest.raises(FormatError, match=r"w\.json: picture 1 has \[5, 8\] px \(height, width\), the truth \[6, 8\]"):
-        read_results(tmp_path / "w.json", truth)[1]
+    found = CocoInstances(tmp_path / "w.json", WORDS, scored=True).read(77)
+    assert [WORDS.names[index] for index in found.classes] == [theirs.names[index] for index in scene(0).classes[:2]]
+    assert torch.equal(found.scores.float(), scene(0).scores[:2])
+    bare = {"image_id": 1, "category_id": 3, "segmentation": SQUARE}
+    with pytest.raises(FormatError, match=r"i\.json: annotations\[0\]: no score; predictions need one each"):
+        CocoInstances(instances(tmp_path, bare), scored=True)
 
 
 def test_categories_meet_a_vocabulary_by_number_unless_names_say_otherwise() -> None:
@@ -429,17 +423,6 @@ def test_categories_meet_a_vocabulary_by_number_unless_names_say_otherwise() -> 
     assert index(words("sky", "tree", ids=(1, 2))) == {1: 0, 3: 1}, "one that contradicts is enough"
     assert index(words("himmel", ids=(1,))) == {1: 0}
     assert coco.categories({}, "a.json", WORDS)[1] == {10: 0, 3: 1, 7: 2}
-
-
-def test_pictures_are_matched_by_their_names_or_else_by_their_ids() -> None:
-    def pictures(**names: str) -> dict[coco.Key, coco.Image]:
-        return {key: coco.Image(name, 1, 1) for key, name in names.items()}
-
-    truth = pictures(a="x.jpg", b="y.jpg")
-    assert coco.matched(truth, pictures(c="deep/y.png", a="z.png")) == {"b": "c"}
-    assert coco.matched(truth, pictures(a="z.png", c="w.png")) == {"a": "a"}
-    assert coco.matched(truth, pictures(a="1/x.jpg", b="2/x.jpg")) == {"a": "a", "b": "b"}
-    assert coco.matched(truth, {}) == {}
 
 
 if FIXTURES is not None:
@@ -467,7 +450,7 @@ if FIXTURES is not None:
         assert truth.warnings == found.warnings == {}
 
         instances = CocoInstances(folder / "gt_instances.json")
-        results = read_results(folder / "pred_instances.json", instances)
+        results = Results(folder / "pred_instances.json", instances)
         theirs = COCO(str(folder / "gt_instances.json"))
         assert sum(map(len, results.values())) == len(json.loads((folder / "pred_instances.json").read_text()))
         for key in instances.images:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,19 +88,6 @@ def categories(content: Any, path: Path | str, vocabulary: Vocabulary | None) ->
     by_name = {number: places[name] for number, name in zip(own.ids, own.names, strict=True) if name in places}
     contradicted = any(numbered.get(number) != index for number, index in by_name.items())
     return vocabulary, by_name if contradicted else numbered
-
-
-def matched(truth: Mapping[Key, Image], given: Mapping[Key, Image]) -> dict[Key, Key]:
-    """Which picture of `given` is which of `truth`: by their file names, without folders and endings, or else by their ids.
-
-    Ids count where no name of one is among those of the other, or where names are not unique.
-    """
-    theirs = {PurePosixPath(image.file_name).stem: key for key, image in given.items()}
-    ours = {PurePosixPath(image.file_name).stem: key for key, image in truth.items()}
-    both = ours.keys() & theirs.keys()
-    if both and len(theirs) == len(given) and len(ours) == len(truth):
-        return {key: theirs[name] for name, key in ours.items() if name in both}
-    return {key: key for key in truth if key in given}
 
 
 def class_of(number: Any, index: Mapping[int, int], place: str) -> int:

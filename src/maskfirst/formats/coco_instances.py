@@ -24,7 +24,6 @@ from maskfirst.formats.coco import (
     class_of,
     images,
     load,
-    matched,
     rows,
     shortest,
     write,
@@ -61,52 +60,34 @@ class CocoInstances:
 
 
 class Results(Mapping):
-    """Predictions for every picture of a truth, `Instances` by its key; none where the file does not speak of one.
+    """Scored predictions from a bare list, which numbers pictures and categories as a file of truth does.
 
-    A plain Mapping, as what checks types would open an item of one that says of what.
+    `Instances` of every picture of the truth by its key, none where the list has none; masks are opened when asked for. A plain
+    Mapping, as what checks types would open an item of one that says of what.
     """
 
     def __init__(self, path: Path | str, truth: CocoInstances) -> None:
+        """Raises FormatError."""
         content = load(path, _compact)
+        if not isinstance(content, list):
+            raise FormatError(
+                f"{path}: results should be a list; a file with `images` of its own is opened as the truth is"
+            )
         self.path = Path(path)
         self.warnings: Counter[str] = Counter()
-        listed = isinstance(content, list)
-        pictures = truth.images if listed else images(content, path)
-        index = truth.index if listed else categories(content, path, truth.vocabulary)[1]
-        self._theirs = matched(truth.images, pictures)
-        self._truth = truth
-        self._annotations = _Annotations(self.path, index, pictures, self.warnings)
-        for position, row in enumerate(content if listed else rows(content, "annotations", path)):
-            place = f"[{position}]" if listed else f"annotations[{position}]"
-            self._annotations.add(row, place, scored=True)
+        self._annotations = _Annotations(self.path, truth.index, truth.images, self.warnings)
+        for position, row in enumerate(content):
+            self._annotations.add(row, f"[{position}]", scored=True)
 
     def __getitem__(self, key: Key) -> Instances:
-        theirs = self._theirs.get(key)
-        height, width = self._truth.images[key].height, self._truth.images[key].width
-        if theirs is None:
-            nothing = torch.zeros(0, dtype=torch.float64)
-            return Instances([], nothing.long(), nothing, nothing.bool(), (height, width))
-        found = self._annotations.read(theirs)
-        if found.size != (height, width):
-            raise FormatError(
-                f"{self.path}: picture {theirs!r} has {list(found.size)} px (height, width), the truth {[height, width]}"
-            )
-        return found
+        """Raises FormatError, KeyError."""
+        return self._annotations.read(key)
 
     def __iter__(self) -> Iterator[Key]:
-        return iter(self._truth.images)
+        return iter(self._annotations.pictures)
 
     def __len__(self) -> int:
-        return len(self._truth.images)
-
-
-def read_results(path: Path | str, truth: CocoInstances) -> Results:
-    """Scored predictions for the pictures of `truth`, with its classes: a list of results, or a file of the truth's form.
-
-    A list speaks of pictures and categories by the truth's numbers; a file that lists its own is matched by names, see
-    `coco.matched` and `coco.categories`. Masks are opened picture by picture. Raises FormatError.
-    """
-    return Results(path, truth)
+        return len(self._annotations.pictures)
 
 
 class InstancesWriter:
