@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from fixtures_dir import FIXTURES
 from maskfirst.data.vocabulary import from_names
-from maskfirst.formats.coco_instances import CocoInstances, read_results
+from maskfirst.formats.coco_instances import CocoInstances, Results
 from maskfirst.formats.instances import Instances
 from maskfirst.metrics.ap import AveragePrecision
 from maskfirst.types import Segments
@@ -232,7 +232,7 @@ if FIXTURES:
         folder = FIXTURES / "metrics"
         expected = json.loads((folder / "expected.json").read_text())["instance"]
         truth = CocoInstances(folder / "gt_instances.json")
-        results = read_results(folder / "pred_instances.json", truth)
+        results = Results(folder / "pred_instances.json", truth)
         metric = AveragePrecision(truth.vocabulary)
         assert len(truth.images) == 24
         for index, key in enumerate(truth.images):
