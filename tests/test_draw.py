@@ -195,3 +195,98 @@ def test_overlays_keep_their_colours_on_disk(tmp_path):
 def test_a_picture_longer_than_a_jpeg_can_be_is_shrunk(tmp_path):
     draw.write_overlay(tmp_path / "long.jpg", Image.new("RGB", (70_000, 20), RED))
     assert opened(tmp_path / "long.jpg").width == draw.LONGEST_JPEG
+
+
+def on_map(ids: torch.Tensor, classes: list[int], scores: list[float] | None = None) -> SegmentMap:
+    count = len(classes)
+    return SegmentMap(
+        ids.int(), torch.tensor(classes), torch.tensor(scores or [1.0] * count), torch.zeros(count, dtype=torch.bool)
+    )
+
+
+def plates(found: SegmentMap, texts: list[str], size: tuple[int, int]) -> dict[int, np.ndarray]:
+    """The pixels that the plate of each segment, in a colour of its own, covers on a white picture."""
+    colors = [(10 + index, 0, 90) for index in range(len(texts))]
+    page = np.asarray(draw.caption(Image.new("RGB", (size[1], size[0]), "white"), found, texts, colors))
+    marked = {index: (page == color).all(-1) for index, color in enumerate(colors)}
+    return {index: pixels for index, pixels in marked.items() if pixels.any()}
+
+
+def box_of(pixels: np.ndarray) -> tuple[int, int, int, int]:
+    y, x = np.nonzero(pixels)
+    return x.min(), y.min(), x.max() + 1, y.max() + 1
+
+
+def test_captions_tell_names_and_the_scores_of_things():
+    found = on_map(torch.tensor([[0, 1]]), [0, 2], [0.5, 0.934])
+    assert draw.captions(found, VOCABULARY) == ["sky", "car 93%"]
+
+
+def test_a_plate_lies_where_its_segment_is_thickest():
+    ids = torch.full((300, 500), VOID)
+    ids[10:20, :] = 0
+    ids[100:280, 300:480] = 0
+    left, top, right, bottom = box_of(plates(on_map(ids, [2]), ["car"], (300, 500))[0])
+    assert abs((left + right) / 2 - 390) < 10
+    assert abs((top + bottom) / 2 - 190) < 10
+
+
+def test_a_small_segment_is_not_hidden_by_its_plate():
+    for y, nearest in ((100, 98), (4, 16)):
+        ids = torch.full((300, 500), VOID)
+        ids[y : y + 10, 200:210] = 0
+        pixels = plates(on_map(ids, [2]), ["a car"], (300, 500))[0]
+        assert not pixels[y : y + 10, 200:210].any()
+        left, top, right, bottom = box_of(pixels)
+        assert left < 205 < right
+        assert min(abs(top - nearest), abs(bottom - nearest)) <= 2
+
+
+@pytest.mark.parametrize(("y", "x"), [(0, 0), (0, 490), (290, 0), (290, 490)])
+def test_plates_stay_inside_of_the_picture(y, x):
+    ids = torch.full((300, 500), VOID)
+    ids[y : y + 10, x : x + 10] = 0
+    text = "a rather long name"
+    page = draw.caption(Image.new("RGB", (500, 300), "white"), on_map(ids, [2]), [text], [(9, 9, 9)])
+    full = draw.caption(Image.new("RGB", (900, 900), "white"), on_map(torch.zeros(900, 900), [2]), [text], [(9, 9, 9)])
+    assert inked(page).sum() > 0.3 * inked(full).sum()
+    left, top, right, bottom = box_of(inked(page))
+    assert right - left > 80
+    assert 0 <= left < right <= 500
+    assert 0 <= top < bottom <= 300
+
+
+def test_plates_do_not_cover_each_other_and_some_give_way():
+    count = 60
+    ids = torch.full((120, 400), VOID)
+    for index in range(count):
+        ids[40:60, 5 * index : 5 * index + 5] = index
+    ids[70:120, :] = count
+    shown = plates(on_map(ids, [2] * count + [0]), [f"car {index}" for index in range(count)] + ["sky"], (120, 400))
+    assert 3 < len(shown) < count
+    assert count in shown, "the largest comes first"
+    boxes = [box_of(pixels) for pixels in shown.values()]
+    for number, one in enumerate(boxes):
+        for other in boxes[:number]:
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_a_picture_smaller_than_its_text_has_no_plate_or_a_shortened_one():
+    for size in ((4, 4), (40, 30), (12, 200)):
+        page = draw.caption(
+            Image.new("RGB", (size[1], size[0]), "white"), on_map(torch.zeros(size), [2]), ["traffic light"], [BLUE]
+        )
+        assert page.size == (size[1], size[0])
+    assert not plates(on_map(torch.zeros(4, 4), [2]), ["x"], (4, 4))
+
+
+def test_segments_without_a_pixel_have_no_plate():
+    found = on_map(torch.zeros(100, 100), [0, 1])
+    assert list(plates(found, ["sky", "road"], (100, 100))) == [0]
+
+
+def test_text_can_be_read_on_light_and_on_dark_plates():
+    found = on_map(torch.zeros(200, 300), [0])
+    for color, letters in (((250, 240, 200), draw.INK), ((60, 0, 0), draw.PAPER)):
+        page = draw.caption(Image.new("RGB", (300, 200), (0, 255, 0)), found, ["WWW"], [color])
+        assert letters in colors_in(page)

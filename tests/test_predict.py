@@ -9,13 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maskfirst.data.images import read_image, read_label_map
 from maskfirst.errors import UserError
 from maskfirst.files import DiskError
+from maskfirst.formats import yolo
+from maskfirst.formats.coco_instances import CocoInstances
+from maskfirst.formats.coco_panoptic import CocoPanoptic
 from maskfirst.predict import ahead, find_pictures, predict_files
-from threshold import Threshold
+from maskfirst.types import SegmentMap, Segments
+from threshold import VOCABULARY, Threshold
 
 
 def save(path: Path, dark: float = 0.25, size: tuple[int, int] = (30, 40)) -> Path:
@@ -298,6 +303,168 @@ def test_a_bug_in_the_model_is_no_failed_file(tmp_path):
 
     with pytest.raises(RuntimeError, match="a bug"):
         predict_files(Broken(), [save(tmp_path / "a.png")], tmp_path / "out")
+
+
+class Scene(Threshold):
+    """Answers any picture with a bright square over a dark ground, and a faint bright copy of half of it."""
+
+    def predict(self, image, task="semantic", *, augment=False, truth=None):
+        super().predict(image, task, augment=augment, truth=truth)
+        masks = torch.zeros(3, *image.shape[1:], dtype=torch.bool)
+        masks[0] = True
+        masks[1, 5:15, 10:30] = masks[2, 5:15, 20:35] = True
+        found = Segments(masks, torch.tensor([0, 1, 1]), torch.tensor([0.95, 0.8, 0.3]), torch.zeros(3).bool())
+        if task == "instance":
+            return found[1:]
+        return SegmentMap.of(found[:2]).segments if task == "panoptic" else found[:1]
+
+
+def test_panoptic_files_are_cocos_and_the_summary_tells_every_segment(tmp_path):
+    for name in ("000000000139.png", "deep/000000000285.png"):
+        save(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    summary = predict_files(Scene(), [tmp_path / "in"], out, task="panoptic")
+    assert written(out) == [
+        "overlays/000000000139.jpg",
+        "overlays/deep/000000000285.jpg",
+        "panoptic.json",
+        "panoptic/000000000139.png",
+        "panoptic/deep/000000000285.png",
+        "summary.json",
+    ]
+    share = 200 / 1200
+    assert summary.images[0] == {
+        "file": str(tmp_path / "in" / "000000000139.png"),
+        "panoptic": "panoptic/000000000139.png",
+        "overlay": "overlays/000000000139.jpg",
+        "height": 30,
+        "width": 40,
+        "classes": {"dark": round(1 - share, 6), "bright": round(share, 6)},
+        "segments": [
+            {"class": "dark", "score": 0.95, "share": round(1 - share, 6), "box": [0, 0, 40, 30]},
+            {"class": "bright", "score": 0.8, "share": round(share, 6), "box": [10, 5, 30, 15]},
+        ],
+    }
+    found = CocoPanoptic(out / "panoptic.json")
+    assert found.vocabulary == VOCABULARY
+    assert {key: image.file_name for key, image in found.images.items()} == {
+        139: "000000000139.png",
+        285: "deep/000000000285.png",
+    }
+    for key in found.images:
+        picture = found.read(key)
+        assert picture.classes.tolist() == [0, 1]
+        assert picture.scores.tolist() == pytest.approx([0.95, 0.8])
+        assert (picture.ids[5:15, 10:30] == 1).all()
+
+
+def test_instance_files_have_all_and_the_rest_what_is_sure(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    save(tmp_path / "in" / "b.png")
+    out = tmp_path / "out"
+    summary = predict_files(Scene(), [tmp_path / "in"], out, task="instance", yolo=True)
+    assert written(out) == [
+        "instances.json",
+        "instances/a.json",
+        "instances/b.json",
+        "overlays/a.jpg",
+        "overlays/b.jpg",
+        "summary.json",
+        "yolo.yaml",
+        "yolo/a.txt",
+        "yolo/b.txt",
+    ]
+    found = CocoInstances(out / "instances.json")
+    assert {key: image.file_name for key, image in found.images.items()} == {1: "a.png", 2: "b.png"}
+    instances = found.read(2)
+    assert instances.scores.tolist() == [0.8, 0.3]
+    assert instances.boxes.tolist() == [[10, 5, 30, 15], [20, 5, 35, 15]]
+    assert (instances.segments.masks[0] & instances.segments.masks[1]).sum() == 100, "they may overlap"
+    share = round(200 / 1200, 6)
+    assert summary.images[1]["segments"] == [{"class": "bright", "score": 0.8, "share": share, "box": [10, 5, 30, 15]}]
+    assert summary.images[1]["classes"] == {"bright": share}
+    polygons = yolo.read(out / "yolo/b.txt", (30, 40), VOCABULARY.names).segments
+    assert torch.equal(polygons.masks, instances.segments.masks[:1])
+    assert "1: bright" in (out / "yolo.yaml").read_text()
+
+    every = predict_files(Scene(), [tmp_path / "in"], tmp_path / "every", task="instance", least_score=0.0)
+    assert len(every.images[0]["segments"]) == 2
+    assert every.images[0]["classes"] == {"bright": round(250 / 1200, 6)}, "what they share counts once"
+    assert not (tmp_path / "every" / "yolo").exists()
+
+
+def test_instances_below_the_least_score_are_not_painted(tmp_path):
+    picture = save(tmp_path / "a.png", dark=0.0, size=(60, 200))
+    predict_files(Scene(), [picture], tmp_path / "out", task="instance", opacity=1.0)
+    overlay = read_image(tmp_path / "out/overlays/a.jpg").float()
+    bright = torch.tensor(VOCABULARY.colors[1]).view(3, 1, 1)
+    near = (overlay - bright).abs().amax(0) < 40
+    assert near[6:14, 11:29].all()
+    assert not near[6:14, 31:35].any()
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_resume_keeps_what_cocos_files_say(tmp_path, task):
+    for name in "abc":
+        save(tmp_path / "in" / f"{name}.png", dark=0.5)
+    out, segmenter = tmp_path / "out", Scene()
+    options = {"task": task, "yolo": task == "instance", "resume": True}
+    whole = predict_files(segmenter, [tmp_path / "in"], out, **options)
+    file = out / ("panoptic.json" if task == "panoptic" else "instances.json")
+    content = file.read_bytes()
+    file.unlink()
+    ending = "png" if task == "panoptic" else "json"
+    damaged = file.with_suffix("") / f"b.{ending}"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    (out / "overlays" / "c.jpg").unlink()
+    again = predict_files(segmenter, [tmp_path / "in"], out, **options)
+    assert len(segmenter.calls) == 5
+    assert again == whole
+    assert file.read_bytes() == content
+    if task == "instance":
+        (out / "yolo" / "a.txt").unlink()
+    else:
+        (file.with_suffix("") / "a.png").unlink()
+    predict_files(segmenter, [tmp_path / "in"], out, **options)
+    assert len(segmenter.calls) == 6
+
+
+def test_another_task_in_the_same_folder_is_done_anew(tmp_path):
+    segmenter, path = Scene(), save(tmp_path / "a.png")
+    for task in ("panoptic", "instance", "semantic", "panoptic"):
+        predict_files(segmenter, [path], tmp_path / "out", task=task, resume=True)
+    assert len(segmenter.calls) == 3
+    assert [entry for entry in written(tmp_path / "out") if "/" not in entry] == [
+        "instances.json",
+        "panoptic.json",
+        "summary.json",
+    ]
+
+
+def test_pictures_that_cannot_be_read_are_not_in_cocos_files(tmp_path):
+    save(tmp_path / "in" / "b.png")
+    (tmp_path / "in" / "a.png").write_bytes(b"")
+    summary = predict_files(Scene(), [tmp_path / "in"], tmp_path / "out", task="panoptic")
+    assert len(summary.failed) == 1
+    assert list(CocoPanoptic(tmp_path / "out/panoptic.json").images) == [2]
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (("000000000139.png", "7.png"), [139, 7]),
+        (("139.png", "deep/0139.png"), [1, 2]),
+        (("139.png", "a.png"), [1, 2]),
+        (("²³.png",), [1]),
+    ],
+)
+def test_pictures_are_called_by_their_number_where_all_have_one(tmp_path, names, keys):
+    assert [each.key for each in find_pictures([save(tmp_path / name) for name in names])] == keys
+
+
+def test_polygons_are_of_instances(tmp_path):
+    with pytest.raises(UserError, match="polygons are of instances, not of the panoptic task"):
+        predict_files(Scene(), [save(tmp_path / "a.png")], tmp_path / "out", task="panoptic", yolo=True)
 
 
 def test_the_task_and_augmentation_reach_the_model(tmp_path):

@@ -268,16 +268,19 @@ def _places(
     """Where the middle (x, y) of a plate of `size` (width, height) px may lie for a segment, the best first."""
     left, top, right, bottom = box
     across, (width, height) = (left + right) / 2, size
-    above, under = (across, top - height / 2 - 1), (across, bottom + height / 2 + 1)
+    outside = [(across, top - height / 2 - 1), (across, bottom + height / 2 + 1)]
+    if top <= height:
+        # No room above.
+        outside.reverse()
     if width > right - left or 2 * height > bottom - top:
-        return [above, under, (across, (top + bottom) / 2)]
+        return [*outside, (across, (top + bottom) / 2)]
     # Every `step`-th pixel is enough to find where the segment is thickest; its own box is outside of it.
     step = math.ceil(max(right - left, bottom - top) / 64)
     mask = np.pad(ids[top:bottom:step, left:right:step] == index, 1)
     y, x = np.unravel_index(np.asarray(distance_transform_edt(mask)).argmax(), mask.shape)
     thickest = (left + (x.item() - 0.5) * step, top + (y.item() - 0.5) * step)
     beside = [(thickest[0], thickest[1] + way * (height + 1)) for way in (1, -1, 2, -2)]
-    return [thickest, *beside, above, under]
+    return [thickest, *beside, *outside]
 
 
 def _free(
