@@ -119,7 +119,8 @@ def _head(folder: Path, proposer: dict[str, Any], classes: int, inputs: list[str
     size = (height * head.stride, width * head.stride)
     with torch.inference_mode():
         features, encoded = head.pixel_decoder(head.backbone.maps)
-        yield compared.row("mask_features", features, FEATURES)
+        if "mask_features" in arrays:
+            yield compared.row("mask_features", features, FEATURES)
         for index, each in enumerate(encoded):
             yield compared.row(f"ms_{index}", each, FEATURES)
         proposals, names = model(_batch(model, *size, pictures, truth=False))

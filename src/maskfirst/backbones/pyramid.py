@@ -102,7 +102,7 @@ def _create(timm: Any, model: str, pretrained: bool = False, **settings: Any) ->
     try:
         return timm.create_model(model, pretrained=pretrained, num_classes=0, **settings)
     except TypeError as error:
-        raise ValueError(f"{model} cannot be made with {', '.join(settings)}: {error}") from error
+        raise ValueError(f"{model} cannot be made like that: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
         if not pretrained:
             raise

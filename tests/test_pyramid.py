@@ -1,0 +1,176 @@
+"""Pyramids: timm's networks at any size, their norms, pretrained weights and other windows; and pyramids of plain ViTs."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from maskfirst.backbones.pyramid import Pyramid
+from maskfirst.backbones.simple_pyramid import SimplePyramid
+from maskfirst.backbones.vit import Taps, TimmViT
+from maskfirst.errors import UserError
+
+SWIN: dict[str, Any] = {"widths": (8, 16, 32, 64), "depths": (2, 1, 1, 1), "heads": (1, 1, 2, 2), "window": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "channels"),
+    [
+        ("swin_tiny_patch4_window7_224", (96, 192, 384, 768)),
+        ("swin_small_patch4_window7_224", (96, 192, 384, 768)),
+        ("swin_base_patch4_window12_384", (128, 256, 512, 1024)),
+        ("swin_large_patch4_window12_384", (192, 384, 768, 1536)),
+        ("convnext_large", (192, 384, 768, 1536)),
+        ("resnet50", (256, 512, 1024, 2048)),
+        ("resnet101", (256, 512, 1024, 2048)),
+    ],
+)
+def test_the_zoo_s_backbones_are_there(model: str, channels: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        assert Pyramid(model, norms=False).channels == channels
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (50, 70)])
+def test_swin_takes_any_size(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    pyramid = Pyramid(**SWIN).eval()
+    with torch.inference_mode():
+        maps = pyramid(torch.rand(2, 3, *size) * 255)
+    padded = [-(-side // 32) * 32 for side in size]
+    for tapped, channels, stride in zip(maps, pyramid.channels, pyramid.strides, strict=True):
+        assert tapped.shape == (2, channels, padded[0] // stride, padded[1] // stride)
+        # The norm is over channels, and at first without scale or shift.
+        torch.testing.assert_close(tapped.mean(1), torch.zeros_like(tapped[:, 0]), atol=1e-5, rtol=0)
+
+
+def test_it_normalises_for_itself_and_pads_with_what_becomes_nothing() -> None:
+    torch.manual_seed(0)
+    pyramid = Pyramid(**SWIN, mean=(10.0, 20.0, 30.0), std=(2.0, 3.0, 4.0)).eval()
+    bare = Pyramid(**SWIN, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)).eval()
+    bare.load_state_dict(pyramid.state_dict())
+    pixels = torch.rand(1, 3, 40, 64) * 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((10.0, 20.0, 30.0), (2.0, 3.0, 4.0)))
+    filled = torch.cat([pixels, mean.expand(-1, -1, 24, 64)], 2)
+    with torch.inference_mode():
+        for ours, same, whole in zip(pyramid(pixels), bare((pixels - mean) / std), pyramid(filled), strict=True):
+            torch.testing.assert_close(ours, same)
+            torch.testing.assert_close(ours, whole)
+
+
+def test_frozen_norms_stay_as_they_are() -> None:
+    pyramid = Pyramid("resnet18", norms=False, freeze_norms=True).train()
+    assert not [module for module in pyramid.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = {name: buffer.clone() for name, buffer in pyramid.named_buffers()}
+    maps = pyramid(torch.rand(2, 3, 64, 64) * 255)
+    torch.stack([each.sum() for each in maps]).sum().backward()
+    assert all(torch.equal(before[name], buffer) for name, buffer in pyramid.named_buffers())
+    assert not [name for name, parameter in pyramid.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"model": "swin_tinny_patch4_window7_224"}, "Did you mean 'swin_tiny_patch4_window7_224'"),
+        ({"model": "vit_tiny_patch16_224", "norms": False}, "a pyramid needs"),
+        ({"model": "resnet18", "window": 7}, "resnet18 cannot be made like that: .*window_size"),
+        ({**SWIN, "widths": (8, 12, 32, 64)}, r"widths \[8, 12, 32, 64\] are not what"),
+    ],
+)
+def test_what_cannot_be_built_is_a_sentence(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Pyramid(**arguments)
+
+
+def test_tables_of_relative_positions_come_from_other_windows() -> None:
+    wide, narrow = Pyramid(**SWIN), Pyramid(**SWIN | {"window": 2})
+    name = "trunk.layers.0.blocks.0.attn.relative_position_bias_table"
+    table = torch.linspace(-1, 1, 3)[:, None].expand(3, 3).reshape(9, 1)
+    resized = wide.resize_from(name, table)
+    assert resized is not None
+    assert resized.shape == wide.state_dict()[name].shape == (49, 1)
+    # It rises from above to below and is the same along rows, as before; the middle stays.
+    rows = resized.view(7, 7)
+    torch.testing.assert_close(rows, rows[:, :1].expand(7, 7))
+    assert (rows[:, 0].diff() > 0).all()
+    assert rows[3, 3].abs() < 1e-6
+    same = narrow.resize_from(name, table)
+    assert same is not None
+    assert torch.equal(same, table)
+    assert wide.resize_from(name, table.expand(9, 2)) is None
+    assert wide.resize_from("trunk.patch_embed.proj.weight", torch.zeros(2, 3, 4, 4)) is None
+    assert wide.resize_from("nothing", table) is None
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Lets timm make up the weights that it would fetch."""
+    create, made = timm.create_model, []
+
+    def create_offline(name: str, pretrained: bool = False, **settings: Any) -> Any:
+        model = create(name, pretrained=False, **settings)
+        if pretrained:
+            made.append(model)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_offline)
+    return made
+
+
+def test_pretrained_weights_are_taken_over_for_other_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = offline(monkeypatch)
+    pyramid = Pyramid(window=5, pretrained=True)
+    theirs, ours = made[0].state_dict(), pyramid.trunk.state_dict()
+    assert {name for name in theirs if name not in ours} == {"norm.weight", "norm.bias"}
+    for name, tensor in ours.items():
+        if name.endswith("relative_position_bias_table"):
+            assert tensor.shape[0] == 81
+            assert theirs[name].shape[0] == 169
+        else:
+            assert torch.equal(tensor, theirs[name]), name
+    with pytest.raises(ValueError, match="leave out widths, depths and heads"):
+        Pyramid(**SWIN, pretrained=True)
+
+
+def test_pretrained_weights_that_cannot_be_fetched_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def unreachable(name: str, pretrained: bool = False, **settings: Any) -> Any:
+        if pretrained:
+            raise OSError("no route\nto host")
+        return create(name, pretrained=False, **settings)
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(UserError, match=r"could not be fetched \(no route to host\); give `weights:` instead"):
+        Pyramid("resnet18", norms=False, pretrained=True)
+
+
+def plain(patch: int = 16) -> TimmViT:
+    return TimmViT((64, 64), "vit_tiny_patch16_224", width=32, depth=2, heads=2, patch=patch, final_norm=False)
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize("size", [(64, 96), (45, 70)])
+def test_a_plain_vit_becomes_a_pyramid(patch: int, size: tuple[int, int]) -> None:
+    pyramid = SimplePyramid(Taps(plain(patch), (1,)), width=12).eval()
+    with torch.inference_mode():
+        maps = pyramid(torch.rand(1, 3, *size) * 255)
+    padded = [-(-side // 32) * 32 for side in size]
+    for tapped, stride in zip(maps, (4, 8, 16, 32), strict=True):
+        assert tapped.shape == (1, 12, padded[0] // stride, padded[1] // stride)
+
+
+def test_the_last_map_of_a_stride_counts() -> None:
+    pyramid = SimplePyramid(Taps(plain(), (0, 1)), width=12).eval()
+    pixels = torch.rand(1, 3, 32, 32) * 255
+    deep = Taps(pyramid.get_submodule("backbone.trunk"), (1,)).eval()
+    again = SimplePyramid(deep, width=12).eval()
+    again.load_state_dict(pyramid.state_dict())
+    with torch.inference_mode():
+        for ours, same in zip(pyramid(pixels), again(pixels), strict=True):
+            torch.testing.assert_close(ours, same)
+
+
+def test_strides_that_do_not_fit_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match="give its trunk another `patch`"):
+        SimplePyramid(Taps(plain(14), (1,)))
