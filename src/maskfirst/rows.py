@@ -13,7 +13,7 @@ from torch import Tensor
 from maskfirst.frames import Frame, Size
 
 BLOCK = 64
-"""Columns that are made by one product: few enough that little of its matrix is zero."""
+"""Rows or columns that are made by one product: few enough that little of its matrix is zero."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,21 @@ def enlarge(rows: Rows, size: Size) -> Rows:
     def widen(source: Tensor) -> Tensor:
         if rows.width == width:
             return source
-        with torch.autocast(source.device.type, enabled=False):
-            return torch.cat([source[..., a:b] @ shares.T.to(source.device) for a, b, shares in columns], -1)
+        return torch.cat([source[..., a:b] @ shares.T.to(source.device) for a, b, shares in columns], -1)
 
     def fetch(first: int, last: int) -> Tensor:
         if rows.height == height:
-            return widen(rows.fetch(first, last).float())
-        top, bottom, shares = _taps(rows.height, height, first, last)
-        source = widen(rows.fetch(top, bottom).float())
+            top, bottom = first, last
+        else:
+            top, bottom, _ = _taps(rows.height, height, first, last)
+        source = rows.fetch(top, bottom).float()
         with torch.autocast(source.device.type, enabled=False):
-            return shares.to(source.device) @ source
+            source = widen(source)
+            if rows.height == height:
+                return source
+            runs = [_taps(rows.height, height, start, min(start + BLOCK, last)) for start in range(first, last, BLOCK)]
+            made = [shares.to(source.device) @ source[:, a - top : b - top] for a, b, shares in runs]
+            return made[0] if len(made) == 1 else torch.cat(made, 1)
 
     return Rows(height, width, fetch)
 

@@ -159,8 +159,8 @@ class Segmenter(nn.Module):
         """The semantic scores of one RGB picture seen in one way, brought back to the size `view.original`."""
         seen = self._windows(image, view, truth)
         if self.inference.order == "masks_home":
-            ((frame, *found),) = seen
-            return tasks.read_home(*found, frame)
+            ((frame, proposals, names, index),) = seen
+            return tasks.read_home(proposals, names, index, frame)
         order = self.inference.order
         parts = [
             (frame, rows.crop(tasks.read_out(proposals, names, index, frame.outer, order), frame.visible))

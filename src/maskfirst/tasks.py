@@ -79,10 +79,9 @@ def _are_things(classes: Int64[Tensor, " N"], vocabulary: Vocabulary) -> Tensor:
     return torch.isin(classes, torch.tensor(sorted(vocabulary.things), dtype=torch.int64, device=classes.device))
 
 
-def _runs(count: int, rows: Rows, most: int | None = None) -> Iterator[tuple[int, int]]:
+def _runs(count: int, rows: Rows, most: int) -> Iterator[tuple[int, int]]:
     """First and last row + 1 of pieces, of at most `most` rows, of `count` maps."""
-    step = max(1, PIECE // max(1, count * rows.width))
-    step = step if most is None else min(step, most)
+    step = max(1, min(most, PIECE // max(1, count * rows.width)))
     return ((first, min(first + step, rows.height)) for first in range(0, rows.height, step))
 
 
@@ -118,13 +117,16 @@ def _mix(rows: Rows, proposals: Proposals, names: Names, image: int) -> Rows:
     """Masks (Q, H, W) into scores (K, H, W)."""
     share = names.joint[image].to(proposals.masks.dtype).T
 
+    most = max(1, 2 * PIECE // (share.shape[1] * rows.width))
+
     def fetch(first: int, last: int) -> Tensor:
-        logits = rows.fetch(first, last)
         scores = share.new_empty(len(share), last - first, rows.width)
-        for start, stop in _runs(len(logits), Rows(last - first, rows.width, rows.fetch)):
-            piece = logits[:, start:stop]
-            inside = piece.softmax(0) if proposals.competing else piece.sigmoid()
-            scores[:, start:stop] = (share @ inside.to(share.dtype).flatten(1)).unflatten(1, piece.shape[1:])
+        step = -(-(last - first) // -(-(last - first) // most))
+        for start in range(first, last, step):
+            logits = rows.fetch(start, min(start + step, last))
+            inside = logits.softmax(0) if proposals.competing else logits.sigmoid()
+            mixed = (share @ inside.to(share.dtype).flatten(1)).unflatten(1, logits.shape[1:])
+            scores[:, start - first : start - first + step] = mixed
         return scores
 
     return Rows(rows.height, rows.width, fetch)
@@ -137,10 +139,12 @@ def semantic(scores: Rows, strip: int = 64) -> Segments:
         value, index = scores.fetch(first, min(first + strip, scores.height)).max(0)
         labels.append(index)
         best.append(value.float())
-    found = Segments.from_label_map(torch.cat(labels))
-    values = torch.cat(best)
-    means = torch.stack([values[mask].mean() for mask in found.masks]) if len(found) else values.new_zeros(0)
-    return Segments(found.masks, found.classes, means, found.crowd)
+    found = torch.cat(labels)
+    counts = torch.bincount(found.flatten())
+    sums = torch.bincount(found.flatten(), torch.cat(best).flatten())
+    classes = counts.nonzero()[:, 0]
+    means = (sums[classes] / counts[classes]).float()
+    return Segments(found[None] == classes[:, None, None], classes, means, torch.zeros_like(classes, dtype=torch.bool))
 
 
 def panoptic(
@@ -228,7 +232,7 @@ def instance(
         masks[:, first:last] = inside
         areas += inside.flatten(1).sum(1, dtype=torch.int32)
         # A logit above 0 has a probability above 0.5, and leaving out all others so is far faster than by a mask.
-        sums += F.threshold_(logits.sigmoid(), 0.5, 0.0).flatten(1).sum(1)
+        sums += F.threshold(logits.sigmoid(), 0.5, 0.0, inplace=True).flatten(1).sum(1)
     scores = likelihood * (sums / (areas + 1e-6)).float()[place]
     order = scores.argsort(descending=True, stable=True)
     return Segments(
