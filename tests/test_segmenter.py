@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maskfirst.build import MENUS, Experiment
 from maskfirst.contracts import Proposer
 from maskfirst.criteria.matched import Matched
 from maskfirst.errors import UserError
@@ -15,9 +16,10 @@ from maskfirst.namers.class_head import ClassHead
 from maskfirst.namers.given import Given
 from maskfirst.namers.oracle import OracleNamer
 from maskfirst.proposers.oracle import OracleProposer
+from maskfirst.recipe import Recipe, import_class
 from maskfirst.segmenter import Inference, Segmenter
 from maskfirst.tasks import Thresholds
-from maskfirst.types import TASKS, VOID, Batch, Proposals, SegmentMap, Segments, Vocabulary
+from maskfirst.types import TASKS, VOID, Batch, Proposals, Sample, SegmentMap, Segments, Vocabulary, collate
 
 VOCABULARY = Vocabulary(("sky", "road", "car", "person"), frozenset({2, 3}), ((0, 0, 0),) * 4, tuple(range(4)))
 SIZE = (37, 53)
@@ -212,3 +214,48 @@ def test_nan_between_layers_is_told_so() -> None:
         model.predict(IMAGE, "panoptic")
     hooks = [hook for module in model.modules() for hook in module._forward_hooks]
     assert not hooks
+
+
+def atm(kind: str, criterion: str, queries: int | None, task: str = "semantic") -> Segmenter:
+    proposer = {**import_class(MENUS[Proposer][kind]).example, "queries": queries, "spread": 0.1}
+    tree = {"size": [32, 32], "task": task, "proposer": proposer}
+    tree |= {
+        "namer": {"kind": "class_head"},
+        "criterion": {"kind": criterion} | ({"points": 300} if criterion == "set" else {}),
+    }
+    torch.manual_seed(0)
+    return Experiment(Recipe(tree, "atm.yaml"), VOCABULARY).segmenter()
+
+
+def sample() -> Sample:
+    ids = SegmentMap.of(scene()).ids[None]
+    return Sample(IMAGE, ids, scene().classes, scene().crowd, "scene")
+
+
+@pytest.mark.parametrize("kind", ["atm", "atm_single"])
+@pytest.mark.parametrize("task", TASKS)
+def test_free_queries_learn_and_answer_every_task(kind: str, task: str) -> None:
+    model = atm(kind, "set", 9, task)
+    assert model.proposer.tasks == frozenset(TASKS)
+    batch = collate([sample(), sample()], task)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    values = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = torch.stack(list(model.train().losses(batch).values())).sum()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert min(values[-3:]) < 0.85 * values[0]
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.eval().predict(IMAGE, task).masks.shape[1:] == SIZE
+
+
+def test_a_query_a_class_is_semantic_only() -> None:
+    assert atm("atm", "fixed", None).proposer.tasks == frozenset({"semantic"})
+    with pytest.raises(UserError, match=r"atm\.yaml: task: this model cannot do the panoptic task, only: semantic"):
+        atm("atm", "set", None, "panoptic")
+    with pytest.raises(UserError, match="one query a class: 9 queries, 4 classes"):
+        atm("atm", "fixed", 9).losses(collate([sample()], "semantic"))
+    with pytest.raises(UserError, match="knows one mask a class and a picture has several"):
+        atm("atm", "fixed", 4, "panoptic").losses(collate([sample()], "panoptic"))
