@@ -155,6 +155,18 @@ def test_side_by_side_shows_picture_truth_and_prediction():
     assert (page == BLUE).all(-1).any()
 
 
+def test_side_by_side_draws_the_sure_instances_with_their_names():
+    image = torch.full((3, 360, 480), 100, dtype=torch.uint8)
+    masks = torch.zeros(3, 360, 480, dtype=torch.bool)
+    masks[0, 100:300, 50:400] = masks[1, 150:180, 100:150] = masks[2, 0:60] = True
+    found = Segments(masks[[1, 0, 2]], torch.tensor([2, 1, 0]), torch.tensor([0.9, 0.8, 0.1]), torch.zeros(3).bool())
+    page = colors_in(draw.side_by_side(image, found[:0], found, VOCABULARY, task="instance"))
+    assert {GREEN, BLUE} <= page, "the small one, though it comes first, is not covered by the large one"
+    assert RED not in page, "not sure enough"
+    plain = draw.side_by_side(image, found[:0], found, VOCABULARY)
+    assert RED in colors_in(plain)
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (3, 700), (700, 3), (3000, 1500)])
 def test_panels_of_any_shape(height, width):
     image, labels = scene(height, width)

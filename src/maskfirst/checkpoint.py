@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskfirst import draw, weights
+from maskfirst import draw, tasks, weights
 from maskfirst.contracts import Dataset
 from maskfirst.data.images import ImageError
 from maskfirst.errors import UserError
@@ -120,7 +120,9 @@ class RunFolder:
             with contextlib.suppress(ImageError):
                 sample = dataset[index]
                 answer = segmenter.predict(sample.image, task, truth=sample.truth if segmenter.uses_truth else None)
-                rows.append(draw.side_by_side(sample.image, sample.truth, answer, segmenter.vocabulary, sample.key))
+                words = segmenter.vocabulary
+                truth = tasks.targets(sample.truth, words, task)
+                rows.append(draw.side_by_side(sample.image, truth, answer, words, sample.key, task))
         path = self.path / "pictures" / f"step_{state.step:06d}.jpg"
         if rows:
             draw.write_overlay(path, draw.below(*rows))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +29,8 @@ MOST_BYTE_CLASSES = 254
 """With more classes a label map has 16 bits a pixel, and 65535 instead of 255 for void."""
 LONGEST_JPEG = 65500
 """px a side; libjpeg's limit."""
+SURE = 0.5
+"""The least score of instances that are drawn."""
 PANEL_SIDES = (360, 960)
 """px, least and most, of the longer side of a picture in `side_by_side`."""
 
@@ -42,6 +45,12 @@ def segment_colors(classes: Int64[Tensor, " N"], vocabulary: Vocabulary) -> list
         red, green, blue = (round(v + ((255 if tint > 0 else 0) - v) * abs(tint)) for v in vocabulary.colors[index])
         colors.append((red, green, blue))
     return colors
+
+
+def smaller_in_front(segments: Segments) -> Segments:
+    """In the order in which overlapping ones are best painted: the largest first."""
+    areas = [np.count_nonzero(mask) for mask in segments.masks.cpu().numpy()]
+    return segments[torch.tensor(areas, dtype=torch.int64).argsort(descending=True, stable=True)]
 
 
 def contours(ids: Int32[Tensor, "H W"]) -> Bool[np.ndarray, "H W"]:
@@ -193,13 +202,26 @@ def contact_sheet(
 
 
 def side_by_side(
-    image: UInt8[Tensor, "3 H W"], truth: Segments, prediction: Segments, vocabulary: Vocabulary, title: str = ""
+    image: UInt8[Tensor, "3 H W"],
+    truth: Segments,
+    prediction: Segments,
+    vocabulary: Vocabulary,
+    title: str = "",
+    task: str = "semantic",
 ) -> Image.Image:
-    """The picture, the truth and the prediction in a row, above a legend of the classes of both."""
-    nothing = truth[:0]
+    """The picture, the truth and the prediction in a row, above a legend of the classes of both.
+
+    But for the task semantic, predicted segments bear their names and scores; of instances only the sure ones are drawn.
+    """
+    if task == "instance":
+        prediction = smaller_in_front(prediction[prediction.scores >= SURE])
     panels = [
-        _panel(image, segments, vocabulary, name, PANEL_SIDES)
-        for segments, name in ((nothing, title or "image"), (truth, "truth"), (prediction, "prediction"))
+        _panel(image, segments, vocabulary, name, PANEL_SIDES, captioned)
+        for segments, name, captioned in (
+            (truth[:0], title or "image", False),
+            (truth, "truth", False),
+            (prediction, "prediction", task != "semantic"),
+        )
     ]
     width = max(panel.width for panel in panels)
     row = _beside(panels, width)
@@ -302,19 +324,28 @@ def _free(
 
 
 def _panel(
-    image: UInt8[Tensor, "3 H W"], segments: Segments, vocabulary: Vocabulary, title: str, sides: tuple[int, int]
+    image: UInt8[Tensor, "3 H W"],
+    segments: Segments,
+    vocabulary: Vocabulary,
+    title: str,
+    sides: tuple[int, int],
+    captioned: bool = False,
 ) -> Image.Image:
     """An overlay, its longer side brought into `sides` (least, most) px, under its title."""
     longer = max(image.shape[-2:])
     factor = min(max(longer, sides[0]), sides[1]) / longer
     height, width = (max(1, round(length * factor)) for length in image.shape[-2:])
     picture = to_picture(image).resize((width, height), Image.Resampling.BICUBIC)
-    ids = _nearest(SegmentMap.of(segments).ids, (height, width))
-    painted = paint(picture, ids, segment_colors(segments.classes, vocabulary))
+    found = SegmentMap.of(segments)
+    found = replace(found, ids=_nearest(found.ids, (height, width)))
+    colors = segment_colors(found.classes, vocabulary)
+    painted = paint(picture, found.ids, colors)
+    if captioned:
+        painted = caption(painted, found, captions(found, vocabulary), colors)
     text = text_size(max(width, height))
     head = Image.new("RGB", (width, math.ceil(1.8 * text)), PAPER)
-    caption = _shortened(title, _font(text), width - text)
-    ImageDraw.Draw(head).text((0, head.height // 2), caption, fill=INK, font=_font(text), anchor="lm")
+    heading = _shortened(title, _font(text), width - text)
+    ImageDraw.Draw(head).text((0, head.height // 2), heading, fill=INK, font=_font(text), anchor="lm")
     return below(head, painted)
 
 

@@ -140,7 +140,7 @@ def evaluate(
             sample = dataset[index]
             truth = tasks.targets(sample.truth, vocabulary, task)
             title = f"{keys[index]}: {scores.headline} {_percent(score)}"
-            page = draw.side_by_side(sample.image, truth, predicted(sample), vocabulary, title)
+            page = draw.side_by_side(sample.image, truth, predicted(sample), vocabulary, title, task)
             draw.write_overlay(Path(worst_dir) / f"worst-{place:02d}.jpg", page)
 
     return Evaluation(

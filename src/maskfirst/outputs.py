@@ -214,9 +214,7 @@ class InstanceFiles(Output[Instances]):
         return Instances.of(segments)
 
     def shown(self, answer: Instances) -> SegmentMap:
-        sure = answer[answer.scores >= self.least]
-        # The smaller in front.
-        return SegmentMap.of(sure[sure.areas.argsort(descending=True, stable=True)].segments)
+        return SegmentMap.of(draw.smaller_in_front(answer[answer.scores >= self.least].segments))
 
     def told(self, answer: Instances) -> Told:
         return self._told(answer.size, coco_instances.records(answer, self.vocabulary))

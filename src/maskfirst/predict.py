@@ -48,7 +48,7 @@ def predict_files(
     resume: bool = False,
     augment: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    least_score: float = 0.5,
+    least_score: float = draw.SURE,
     yolo: bool = False,
 ) -> Summary:
     """Writes what `task` asks for (see `outputs`), `overlays/NAME.jpg` and `summary.json` into the folder `out`.
