@@ -42,7 +42,7 @@ def ellipse(random: np.random.Generator, radius: float) -> np.ndarray:
 
 
 def scene(seed: int, answers: int = 3) -> Pair:
-    """Overlapping ellipses of all sizes, some of them crowds; answers moved, renamed, doubled, with scores that tie; or none."""
+    """Overlapping ellipses of all sizes, some crowds; answers moved, renamed, doubled, with scores that tie; or none."""
     random = np.random.default_rng(seed)
     masks, classes, crowd = [], [], []
     for _ in range(int(random.integers(0, 7))):
@@ -87,14 +87,13 @@ def reference(pairs: list[Pair]) -> np.ndarray:
                     "segmentation": rle,
                     "iscrowd": int(crowd),
                     "area": area,
-                    "bbox": [0, 0, 1, 1],
                 }
             )
         for rle, label, score in zip(two.rles, two.classes.tolist(), two.scores.tolist(), strict=True):
             results.append({"image_id": index, "category_id": label, "segmentation": rle, "score": score})
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = truth  # pyright: ignore[reportAttributeAccessIssue]
+        coco: Any = COCO()
+        coco.dataset = truth
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(results), "segm")
         evaluation.evaluate()

@@ -6,7 +6,6 @@ Cheng et al., "Boundary IoU: Improving Object-Centric Image Segmentation Evaluat
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from scipy.ndimage import maximum_filter1d, minimum_filter1d
 from torch import Tensor
 
 from maskfirst.contracts import Metric, Scores
@@ -35,14 +34,14 @@ class BoundaryIoU(Metric[LabelMap]):
         K = len(self.names)
         labels = truth.cpu().numpy().astype(np.int32)
         guess = np.where(labels == VOID, VOID, prediction.cpu().numpy()).astype(np.int32)
-        true_edge, guess_edge = (np.where(boundaries(values), values, VOID) for values in (labels, guess))
+        true_edge, guess_edge = (boundaries(values) & (values != VOID) for values in (labels, guess))
 
-        def count(values: np.ndarray) -> np.ndarray:
-            return np.bincount(values.ravel() + 1, minlength=K + 1)[1:]
+        def count(values: Int[np.ndarray, " P"]) -> Int[np.ndarray, " K"]:
+            return np.bincount(values, minlength=K)
 
-        common = count(np.where(true_edge == guess_edge, true_edge, VOID))
-        present = count(true_edge)
-        either = present + count(guess_edge) - common
+        common = count(labels[true_edge & guess_edge & (labels == guess)])
+        present = count(labels[true_edge])
+        either = present + count(guess[guess_edge]) - common
         self.common += common
         self.either += either
         return float((common[present > 0] / either[present > 0]).mean()) if present.any() else None
@@ -62,12 +61,19 @@ class BoundaryIoU(Metric[LabelMap]):
 
 def boundaries(labels: Int[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
     """Where a pixel is near the border of the mask of its own value."""
-    height, width = labels.shape
-    reach = max(1, round(RATIO * float(np.hypot(height, width))))
-    # A window all of one value is one whose least and largest value agree; outside of the picture lies another value.
-    side, outside = 2 * reach + 1, VOID - 1
-    least, most = labels, labels
-    for axis in (0, 1):
-        least = minimum_filter1d(least, side, axis, mode="constant", cval=outside)
-        most = maximum_filter1d(most, side, axis, mode="constant", cval=outside)
-    return least != most
+    reach = max(1, round(RATIO * float(np.hypot(*labels.shape))))
+    # A window is all of one value where no square of 2 x 2 px in it has several; outside of the picture lies another value.
+    padded = np.pad(labels, reach, constant_values=VOID - 1)
+    down, right = padded[1:] != padded[:-1], padded[:, 1:] != padded[:, :-1]
+    mixed = down[:, 1:] | down[:, :-1] | right[1:] | right[:-1]
+    return _any_of_run(_any_of_run(mixed, 2 * reach).T, 2 * reach).T
+
+
+def _any_of_run(marks: Bool[np.ndarray, "H W"], length: int) -> Bool[np.ndarray, "h W"]:
+    """Whether any of `length` rows from each one on is marked; h = H - length + 1."""
+    marks, reached = np.ascontiguousarray(marks), 1
+    while reached < length:
+        step = min(reached, length - reached)
+        marks = marks[step:] | marks[:-step]
+        reached += step
+    return marks
