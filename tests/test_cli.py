@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from maskfirst import cli, recipe
+from maskfirst import build, cli, recipe, weights
 
 SMALL = (
     "-s", "size=[32,32]", "-s", "train.steps=2", "-s", "train.batch=2", "-s", "train.workers=0",
@@ -190,6 +190,36 @@ def test_predict_names_a_broken_file_and_does_the_rest(run: Run, trained: Path, 
     assert [each["file"] for each in told["failed"]] == ["broken.jpg"]
 
 
+def panoptic_weights() -> str:
+    """A small model for all tasks, as it is initialised."""
+    changes = ["task=panoptic", "proposer.queries=8", "criterion.kind=set"]
+    experiment = build.Experiment(recipe.load("shapes", changes))
+    torch.manual_seed(0)
+    weights.save("panoptic.safetensors", experiment.segmenter(), experiment.recipe.tree, experiment.vocabulary)
+    return "panoptic.safetensors"
+
+
+def test_predict_does_by_default_what_the_model_was_made_for(run: Run, demo: Path) -> None:
+    model = panoptic_weights()
+    ended = run("predict", model, demo / "images" / "val", "--out", "pictures", "--json")
+    assert ended.code == 0
+    (entry,) = json.loads(ended.out)["images"]
+    assert Path("pictures", entry["panoptic"]).is_file()
+    assert "labels" not in entry
+    assert Path("pictures/panoptic.json").is_file()
+    asked = run(
+        "predict", model, demo / "images", "--out", "b", "--task", "instance", "--yolo", "--least-score", "0", "--json"
+    )
+    assert {"instances", "yolo"} <= set(json.loads(asked.out)["images"][0])
+    assert len(json.loads(Path("b/instances.json").read_text())["images"]) == 4
+    assert (
+        "labels"
+        in json.loads(run("predict", model, demo / "images", "--out", "c", "--task", "semantic", "--json").out)[
+            "images"
+        ][0]
+    )
+
+
 def test_predict_without_pictures_says_so(run: Run, trained: Path) -> None:
     assert "no pictures" in run("predict", trained, "--out", "pictures").err
 
@@ -282,6 +312,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "another recipe": (
         lambda run: ["train", "shapes", "--out", run, "--resume", *SMALL, "-s", "train.optimizer.lr=0.1"],
         r"started with another recipe: train\.optimizer\.lr",
+    ),
+    "polygons of label maps": (
+        lambda run: ["predict", run, picture(), "--out", "o", "--yolo"],
+        r"polygons are of instances, not of the semantic task; choose the task instance",
+    ),
+    "a task it cannot do": (
+        lambda run: ["predict", run, picture(), "--out", "o", "--task", "panoptic"],
+        r"cannot do the panoptic task, only: semantic",
     ),
     "a pickle": (lambda _: ["predict", pickle(), "x.png", "--out", "o"], r"model\.pth: a pickle could run code"),
     "an unknown checkpoint": (lambda _: ["convert", foreign(), "--out", "o.safetensors"], r"of no known origin"),

@@ -168,6 +168,13 @@ def test_files_of_others_are_read(tmp_path: Path) -> None:
     assert picture.ids.tolist() == [[1, 1, VOID], [0, 0, VOID]]
     assert picture.classes.tolist() == [1, 0]
     assert picture.crowd.tolist() == [True, False]
+    writer = PanopticWriter(tmp_path / "again.json", found.vocabulary)
+    writer.add(139, found.images[139].file_name, picture)
+    writer.close()
+    again = CocoPanoptic(tmp_path / "again.json")
+    assert (again.vocabulary, again.images) == (found.vocabulary, found.images)
+    assert torch.equal(again.read(139).ids, picture.ids)
+    assert_same(again.read(139).segments, picture.segments)
     (tmp_path / "val").rename(tmp_path / "elsewhere")
     elsewhere = CocoPanoptic(tmp_path / "val.json", tmp_path / "elsewhere")
     assert torch.equal(elsewhere.read(139).ids, picture.ids)
