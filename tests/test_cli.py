@@ -81,14 +81,14 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    for verb in ("train", "evaluate", "predict", "show", "check", "convert", "recipes", "shapes"):
+    for verb in ("train", "evaluate", "score", "predict", "show", "check", "convert", "recipes", "shapes"):
         assert verb in ended.stdout
     # The processor's time, as the machine may be busy with other tests.
     assert after.ru_utime - before.ru_utime < 0.5
 
 
 def test_every_verb_has_help(run: Run) -> None:
-    for verb in ("train", "evaluate", "predict", "show", "check", "convert", "recipes", "shapes", "version"):
+    for verb in ("train", "evaluate", "score", "predict", "show", "check", "convert", "recipes", "shapes", "version"):
         assert run(verb, "--help").code == 0
 
 
