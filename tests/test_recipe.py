@@ -505,7 +505,7 @@ def test_building_on_meta_gives_the_same_tensors_without_their_memory() -> None:
         ("train={steps: 10, batch: 0}", "train: batch: 0 must be at least 1"),
         ("inference.stride=[8, 8]", "inference: stride without window; give both or neither"),
         ("inference.winow=[8, 8]", "inference: unknown key 'winow'. Did you mean 'window'? "
-         "Known: fit, window, stride, multiple, scales, flip, average, order, batch, strip."),
+         "Known: fit, window, stride, multiple, scales, flip, average, order, thresholds, batch, strip."),
         ("namer.freeze=[linear]", "namer.freeze: 'linear' matches no whole name of its 2 parameters. "
          "Did you mean 'linear.bias'?"),
         ("proposer.freeze=['(']", "proposer.freeze: '(' is no regular expression: "

@@ -5,6 +5,7 @@ and the instance answer are Mask2Former's (Cheng et al., 2022). What a proposal 
 those that can be part of the answer are enlarged, a strip of rows at a time.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -116,12 +117,12 @@ def read_home(proposals: Proposals, names: Names, image: int, frame: Frame) -> R
 def _mix(rows: Rows, proposals: Proposals, names: Names, image: int) -> Rows:
     """Masks (Q, H, W) into scores (K, H, W)."""
     share = names.joint[image].to(proposals.masks.dtype).T
-
     most = max(1, 2 * PIECE // (share.shape[1] * rows.width))
 
     def fetch(first: int, last: int) -> Tensor:
         scores = share.new_empty(len(share), last - first, rows.width)
-        step = -(-(last - first) // -(-(last - first) // most))
+        # As few pieces as fit, all of one size: enlarging makes the rows at their borders twice.
+        step = math.ceil((last - first) / math.ceil((last - first) / most))
         for start in range(first, last, step):
             logits = rows.fetch(start, min(start + step, last))
             inside = logits.softmax(0) if proposals.competing else logits.sigmoid()
