@@ -59,7 +59,7 @@ def ours(family: str, side: int, model: nn.Module) -> Segmenter:
         "vocabulary": [f"name {index}" for index in range(SIZES["num_labels"])],
         "proposer": {"kind": "eomt", "trunk": trunk, "queries": SIZES["num_queries"], "blocks": SIZES["num_blocks"]},
         "namer": {"kind": "class_head"},
-        "criterion": {"kind": "fixed"},
+        "criterion": {"kind": "set"},
     }
     segmenter = Experiment(Recipe(tree, "bench.yaml")).segmenter()
     state = model.state_dict()

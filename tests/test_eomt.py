@@ -20,12 +20,13 @@ from maskfirst.backbones.vit import ShrunkTaps, Taps, TimmViT, resize_positions
 from maskfirst.build import Experiment
 from maskfirst.convert import eomt as released
 from maskfirst.convert.rename import rename
+from maskfirst.criteria.matched import Matched
 from maskfirst.proposers.eomt import Enlarge, EoMT, masking, published_annealing
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Proposals
 
-CRITERION = {"kind": "fixed"}
+CRITERION = {"kind": "set", "points": 96}
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -69,9 +70,10 @@ def test_predictions_are_those_of_transformers(form: str, original: bool) -> Non
 
 @pytest.mark.parametrize("form", tiny_eomt.FORMS)
 @pytest.mark.parametrize("chance", [1.0, 0.5], ids=["all masked", "half masked"])
-def test_masked_blocks_are_those_of_transformers(form: str, chance: float) -> None:
-    """In training, with every guess on the way; which half is masked is drawn alike."""
-    model = tiny_eomt.theirs(form).train()
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+def test_masked_blocks_are_those_of_transformers(form: str, chance: float, training: bool) -> None:
+    """With every guess on the way, in either of transformers' modes, which both mask; which half is, is drawn alike."""
+    model = tiny_eomt.theirs(form).train(training)
     model.attn_mask_probs.fill_(chance)
     batch = tiny_eomt.batch()
     segmenter = ours(form, model).train()
@@ -89,6 +91,49 @@ def test_masked_blocks_are_those_of_transformers(form: str, chance: float) -> No
             torch.testing.assert_close(segmenter.namer(guess, batch).logits, logits, **CLOSE)
     share = (torch.stack([guess.masks for guess in guesses]) > 0).float().mean()
     assert 0.1 < share < 0.9, "masks so full or empty would mask nothing or everything"
+
+
+@pytest.mark.parametrize("form", ["dinov2", "dinov3"])
+def test_losses_and_gradients_are_those_of_transformers(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all guesses, at the same random points. Theirs come in the order of the blocks, our last guess comes first."""
+    model = tiny_eomt.theirs(form).train()
+    batch = tiny_eomt.batch()
+    assert batch.truth is not None
+    drawn: list[Tensor] = []
+    rand = torch.rand
+
+    def record(*size: Any, **settings: Any) -> Tensor:
+        drawn.append(rand(*size, **settings))
+        return drawn[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", record)
+        expected = model(
+            batch.pixels,
+            mask_labels=[segments.masks.float() for segments in batch.truth],
+            class_labels=[segments.classes for segments in batch.truth],
+        ).loss
+    assert len(drawn) == 16, "two pictures to match and two draws for the losses, in each of four stages"
+    replayed = iter([*drawn[12:], *drawn[:12]])
+    segmenter = ours(form, model).train()
+    assert isinstance(segmenter.criterion, Matched)
+    segmenter.criterion.draw = lambda masks, points, device: next(replayed)
+    losses = segmenter.losses(batch)
+    assert set(losses) == {f"{name}{stage}" for name in ("ce", "mask", "dice") for stage in ("", "_0", "_1", "_2")}
+    found = torch.stack(list(losses.values())).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found.backward()
+    expected.backward()
+    for name, own, other in (
+        ("queries", segmenter.proposer.get_parameter("queries.weight"), model.query.weight),
+        ("cls_token", segmenter.proposer.get_parameter("trunk.vit.cls_token"), model.embeddings.cls_token),
+        ("names", segmenter.namer.get_parameter("linear.weight"), model.class_predictor.weight),
+        ("mask head", segmenter.proposer.get_parameter("mask_head.0.weight"), model.mask_head.fc1.weight),
+    ):
+        assert own.grad is not None
+        scale = other.grad.abs().max().item()
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-3 * scale, msg=name)
+    assert next(replayed, None) is None
 
 
 def test_masks_of_the_training_change_what_queries_become() -> None:
@@ -319,6 +364,14 @@ def test_weights_of_other_sizes_are_resized_by_the_rules_of_their_origin() -> No
         (kernel * larger).sum((1, 2, 3)), (source.vit.patch_embed.proj.weight * picture).sum((1, 2, 3)), **CLOSE
     )
     assert goal.resize_from("vit.patch_embed.proj.weight", torch.rand(16, 3, 14, 14)) is None
+
+
+def test_scales_of_branches_begin_where_they_are_told() -> None:
+    small: dict[str, Any] = {"width": 32, "depth": 1, "heads": 2}
+    for name, scale in (("vit_small_patch14_reg4_dinov2", "ls1.gamma"), ("vit_small_patch16_dinov3", "gamma_1")):
+        for told, begins in ((None, 1e-5), (0.5, 0.5)):
+            found = TimmViT((64, 64), name, layer_scale=told, **small).vit.blocks[0].get_parameter(scale)
+            assert (found == begins).all()
 
 
 def test_channels_of_proposals() -> None:

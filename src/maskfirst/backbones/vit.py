@@ -76,9 +76,11 @@ class TimmViT(Trunk, Resizable):
     name, with a tag such as `.augreg_in21k_ft_in1k` to choose among its pretrained weights; `pretrained` downloads them.
     `drop_path_on`: the branches that are dropped in training, "mlp" (mmseg 0.24) or "both" (mmseg before and after).
     `final_norm`: without it `norm` is the identity and has no parameters. `norm_eps`: of every LayerNorm; None: the model's.
-    `class_token`: whether it and the registers lead the patches through the blocks, or are embedded and dropped as SegViT
-    does; None: where there are registers. `zoom`: in training the coordinates of DINOv3's patches are multiplied by a factor
-    drawn log-uniformly from 1/zoom..zoom for every batch, as its own training does with 2; None: never.
+    `layer_scale`: what the scales of its branches begin with; it adds them where the model has none. None: the model's,
+    which are 1e-5 in DINOv2 and DINOv3 and for pretrained weights only. `class_token`: whether it and the registers lead the
+    patches through the blocks, or are embedded and dropped as SegViT does; None: where there are registers. `zoom`: in
+    training the coordinates of DINOv3's patches are multiplied by a factor drawn log-uniformly from 1/zoom..zoom for every
+    batch, as its own training does with 2; None: never.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class TimmViT(Trunk, Resizable):
         drop_path_on: Literal["mlp", "both"] = "both",
         final_norm: bool = True,
         norm_eps: float | None = None,
+        layer_scale: float | None = None,
         class_token: bool | None = None,
         zoom: float | None = None,
         pretrained: bool = False,
@@ -111,6 +114,7 @@ class TimmViT(Trunk, Resizable):
             "num_heads": heads,
             "patch_size": patch,
             "norm_layer": norm,
+            "init_values": layer_scale,
         }
         sides = max(size)
         self.vit: Any = timm.create_model(

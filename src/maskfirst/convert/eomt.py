@@ -132,7 +132,7 @@ def rules(keys: Collection[str]) -> list[Rule]:
         Move(rf"{doubling}\.(?:norm|layernorm2d)\.{kind}", r"proposer.upscale.\1.norm.\2"),
         Move(rf"network\.mask_head\.([024])\.{kind}", r"proposer.mask_head.\1.\2"),
         Move(rf"mask_head\.fc([123])\.{kind}", lambda match: f"proposer.mask_head.{2 * int(match[1]) - 2}.{match[2]}"),
-        Move(r"criterion\.empty_weight", "criterion.class_weights"),
+        Leave(r"criterion\.empty_weight", "the weights of the names in the loss, which are told in the recipe"),
         Leave(r"(network\.)?attn_mask_probs", "the chances of masking, which only training has"),
         Leave(r"network\.encoder\.pixel_(mean|std)", "the normalisation, which is told in the recipe"),
     ]
