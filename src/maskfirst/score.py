@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -162,81 +162,79 @@ def _label_maps(
     words = vocabulary
     if ignore is None:
         ignore = LARGEST if 255 in (*words.ids, *range(len(words))) else 255
-    truth_values = truth_values or _meant(list(known), words, ignore)
-    if truth_values is None:
-        raise ScoreError(
-            f"{truth}: these values could be indices of classes as well as the vocabulary's ids; say --truth-values"
-        )
     # Numbers that a data set has for what is no class: all the other labels of Cityscapes, or those before the first class.
-    spare = range(STREET_LABELS) if kind == "labelIds" else range(min(words.ids))
-    known_side = _label_side(truth, known, words, truth_values, ignore, spare, "truth")
-    looked = list(guessed)[:LOOK]
-    values = prediction_values or _meant(looked, words, ignore)
-    guessed_side = _label_side(prediction, guessed, words, values or "index", ignore, spare, "prediction")
-    if values is None:
-        guessed_side.warnings[
-            "predictions looked into could hold classes by index as well as the vocabulary's ids: taken as by index; "
-            "--prediction-values says which"
-        ] = len(looked)
-    return words, known_side, guessed_side
+    spare = frozenset(range(STREET_LABELS if kind == "labelIds" else min(words.ids)))
+    code = _Code(words, ignore, spare)
+    return (
+        words,
+        code.side("truth", truth, known, truth_values or code.shown(list(known), spare)),
+        # A prediction of no class would be odd: there 0 is the class of that index.
+        code.side(
+            "prediction", prediction, guessed, prediction_values or code.shown(list(guessed)[:LOOK], frozenset())
+        ),
+    )
 
 
-def _label_side(
-    place: Path,
-    files: Mapping[Path, str],
-    vocabulary: Vocabulary,
-    values: Values,
-    ignore: int,
-    spare: Iterable[int],
-    side: str,
-) -> Side:
-    """Label maps, read as classes by index, VOID for none. `spare`: ids that are known to be no class's."""
-    warnings: Counter[str] = Counter()
-    unknown = VOID - 1
-    table = np.full(LARGEST + 1, unknown, np.int32)
-    if values == "ids":
-        table[list(spare)] = VOID
-    if side == "prediction":
-        table[255] = VOID  # as `predict` writes it, whatever the truth has
-    for index, number in enumerate(range(len(vocabulary)) if values == "index" else vocabulary.ids):
-        if 0 <= number <= LARGEST:
-            table[number] = index
-    table[[ignore, LARGEST]] = VOID
+@dataclass(frozen=True)
+class _Code:
+    """What the numbers in label maps mean. `ignore`: no class. `spare`: ids that are known to be no class's."""
 
-    def read(file: Path) -> Int32[Tensor, "H W"]:
-        held = read_label_map(file)
-        labels = table[held]
-        strange = labels == unknown
-        if strange.any():
-            if values == "index":
-                y, x = (int(place) for place in np.argwhere(strange)[0])
-                raise ScoreError(
-                    f"{file}: value {held[y, x]} at (y {y}, x {x}) is none of the classes 0..{len(vocabulary) - 1}; name "
-                    f"it with --ignore if it is void, or say --{side}-values ids if these are the vocabulary's ids"
-                )
-            for number, count in zip(*np.unique(held[strange], return_counts=True), strict=True):
-                warnings[f"pixels of the {side} hold {number}, which is the id of no class: taken as void"] += int(
-                    count
-                )
-            labels[strange] = VOID
-        return torch.from_numpy(labels)
+    vocabulary: Vocabulary
+    ignore: int
+    spare: frozenset[int]
 
-    return Side(place, files, read, warnings)
-
-
-def _meant(files: Sequence[Path], vocabulary: Vocabulary, ignore: int) -> Values | None:
-    """What the values of label maps are, by the first that only one of both can be."""
-    K, ids = len(vocabulary), set(vocabulary.ids)
-    if vocabulary.ids == tuple(range(K)):
-        return "index"
-    for file in files:
-        held = {int(number) for number in np.unique(read_label_map(file))}
-        if any(number >= K for number in held & ids - {ignore}):
-            return "ids"
-        # Where classes are numbered from 1 on, 0 is no class; `ignore` is what maps of indices have for that.
-        if any(number < K for number in held - ids - {0}) or ignore in held - ids:
+    def shown(self, files: Sequence[Path], spare: frozenset[int]) -> Values | None:
+        """Whether the numbers are indices or ids, by the first map that can only be one of both; None where none says it."""
+        K, ids = len(self.vocabulary), set(self.vocabulary.ids)
+        if self.vocabulary.ids == tuple(range(K)):
             return "index"
-    return None
+        for file in files:
+            held = {int(number) for number in np.unique(read_label_map(file))}
+            if any(number >= K for number in held & ids - {self.ignore}):
+                return "ids"
+            # Maps of ids have a number of their own for what is no class, those of indices `ignore`.
+            if any(number < K for number in held - ids - spare) or self.ignore in held - ids:
+                return "index"
+        return None
+
+    def side(self, which: str, place: Path, files: Mapping[Path, str], values: Values | None) -> Side:
+        """Label maps, read as classes by index, VOID for none; of values None, as indices, with a warning."""
+        warnings: Counter[str] = Counter()
+        if values is None:
+            warnings[
+                f"label maps ({which}) that could hold indices of classes as well as the vocabulary's ids: taken as indices; "
+                f"--{which}-values says which"
+            ] = len(files)
+        unknown = VOID - 1
+        table = np.full(LARGEST + 1, unknown, np.int32)
+        if values == "ids":
+            table[list(self.spare)] = VOID
+        if which == "prediction":
+            table[255] = VOID  # as `predict` writes it, whatever the truth has
+        for index, number in enumerate(self.vocabulary.ids if values == "ids" else range(len(self.vocabulary))):
+            if 0 <= number <= LARGEST:
+                table[number] = index
+        table[[self.ignore, LARGEST]] = VOID
+
+        def read(file: Path) -> Int32[Tensor, "H W"]:
+            held = read_label_map(file)
+            labels = table[held]
+            strange = labels == unknown
+            if strange.any():
+                if values != "ids":
+                    y, x = (int(place) for place in np.argwhere(strange)[0])
+                    raise ScoreError(
+                        f"{file}: value {held[y, x]} at (y {y}, x {x}) is none of the classes "
+                        f"0..{len(self.vocabulary) - 1}; name it with --ignore if it is void, or say --{which}-values ids "
+                        "if these are the vocabulary's ids"
+                    )
+                for number, count in zip(*np.unique(held[strange], return_counts=True), strict=True):
+                    told = f"pixels ({which}) that hold {number}, which is the id of no class: taken as void"
+                    warnings[told] += int(count)
+                labels[strange] = VOID
+            return torch.from_numpy(labels)
+
+        return Side(place, files, read, warnings)
 
 
 def _largest(file: Path, void: set[int]) -> int:

@@ -66,6 +66,7 @@ class AveragePrecision(Metric[Instances]):
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.names = vocabulary.names
+        self.things = sorted(vocabulary.things)
         self.positives = np.zeros((len(self.names), len(AREAS)), np.int64)
         self.matches: dict[int, _Matches] = {}
 
@@ -98,7 +99,7 @@ class AveragePrecision(Metric[Instances]):
         self.matches |= other.matches
 
     def scores(self) -> Scores:
-        """COCO's twelve figures, and by class, under `per_class`, those of precision.
+        """COCO's twelve figures, and of every thing, under `per_class`, those of precision.
 
         AP over ten thresholds of IoU and over sizes, AP50 and AP75 at one; AR, the share of instances that are found, of 1,
         10 and 100 answers; s, m, l: small, medium, large. A class without instances of a size is left out of its means.
@@ -118,7 +119,7 @@ class AveragePrecision(Metric[Instances]):
         means = dict(zip(FIGURES, map(_mean, values.T), strict=True))
         means |= {f"AR{most}": _mean(recall[:, place, 0]) for place, most in enumerate(MOST)}
         means |= {f"AR{size}": _mean(recall[:, -1, place]) for place, size in enumerate("sml", 1)}
-        rows = [(name, tuple(row)) for name, row in zip(self.names, values.tolist(), strict=True)]
+        rows = [(self.names[index], tuple(values[index].tolist())) for index in self.things]
         per_class = {name: dict(zip(FIGURES, row, strict=True)) for name, row in rows}
         below = [("mean", tuple(means[name] for name in FIGURES))]
         return Scores("AP", means, {**means, "per_class": per_class}, tuple(FIGURES), rows, below)
