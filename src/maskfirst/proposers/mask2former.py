@@ -180,17 +180,19 @@ class Mask2Former(Proposer):
         ]
         shrunk = [resize(features.detach(), size).flatten(2) for size in sizes]
         queries = self.queries.expand(len(features), -1, -1)
-        normed = self.norm(queries)
-        guesses = []
+        stages = [self.norm(queries)]
+        embeddings = [self.mask_embed(stages[0])]
         for index, layer in enumerate(cast("Iterable[DecoderLayer]", self.layers)):
-            embedded = self.mask_embed(normed)
-            if every:
-                guesses.append((normed, _masks(embedded, features)))
             level = index % LEVELS
-            seen = self.seen(embedded, shrunk[level])
+            seen = self.seen(embeddings[-1], shrunk[level])
             queries = layer(queries, self.positions, keys[level], values[level], seen)
-            normed = self.norm(queries)
-        return [*guesses, (normed, _masks(self.mask_embed(normed), features))]
+            stages.append(self.norm(queries))
+            embeddings.append(self.mask_embed(stages[-1]))
+        first = 0 if every else -1
+        # The masks of all stages in one product, whose gradient is one product, too.
+        masks = torch.cat(embeddings[first:], 1) @ features.flatten(2)
+        masks = masks.unflatten(2, features.shape[-2:]).unflatten(1, (-1, len(self.queries)))
+        return list(zip(stages[first:], masks.unbind(1), strict=True))
 
     def seen(self, embedded: Float[Tensor, "B Q C"], shrunk: Float[Tensor, "B C N"]) -> Bool[Tensor, "B 1 Q N"]:
         """Where each query may look: inside of its mask, or everywhere if that is empty.
@@ -209,7 +211,3 @@ def _entrance(inputs: int, outputs: int) -> nn.Conv2d:
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     nn.init.zeros_(cast("Tensor", convolution.bias))
     return convolution
-
-
-def _masks(embedded: Float[Tensor, "B Q C"], features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B Q h w"]:
-    return (embedded @ features.flatten(2)).unflatten(2, features.shape[-2:])

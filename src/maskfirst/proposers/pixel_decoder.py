@@ -10,13 +10,34 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from maskfirst.frames import Size, resize
+from maskfirst.frames import Size
 from maskfirst.ops.deformable_attention import deformable_attention
 from maskfirst.ops.sine_positions import sine_positions
 
 GROUPS = 32
-"""Of every group norm."""
+"""Of every group norm, where the width allows it."""
+
+
+class MapNorm(nn.GroupNorm):
+    """A group norm that also takes a map of one token whose groups are single channels, which torch's module refuses."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(math.gcd(GROUPS, width), width)
+
+    def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        return torch.group_norm(maps, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution as a product over channels, for maps that lie in memory channels last, as all do here."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, 1, bias=bias)
+
+    def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
+        return F.linear(maps.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class DeformableAttention(nn.Module):
@@ -84,7 +105,7 @@ class EncoderLayer(nn.Module):
         places: Float[Tensor, "N L 2"],
     ) -> Float[Tensor, "B N D"]:
         tokens = self.norm1(tokens + self.attention(tokens + positions, tokens, sizes, places))
-        return self.norm2(tokens + self.contract(self.expand(tokens).relu()))
+        return self.norm2(tokens + self.contract(self.expand(tokens).relu_()))
 
 
 def _places(sizes: Sequence[Size], like: Tensor) -> Float[Tensor, "N L 2"]:
@@ -116,15 +137,14 @@ class PixelDecoder(nn.Module):
     ) -> None:
         super().__init__()
         finest, *coarse = channels
-        groups = math.gcd(GROUPS, width)
         self.entrances = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inputs, width, 1), nn.GroupNorm(groups, width)) for inputs in reversed(coarse)
+            nn.Sequential(Pointwise(inputs, width), MapNorm(width)) for inputs in reversed(coarse)
         )
         self.level_embed = nn.Parameter(torch.randn(len(coarse), width))
         self.layers = nn.ModuleList(EncoderLayer(width, heads, len(coarse), points, feedforward) for _ in range(layers))
-        self.lateral = nn.Sequential(nn.Conv2d(finest, width, 1, bias=False), nn.GroupNorm(groups, width))
-        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width))
-        self.masks = nn.Conv2d(width, mask_width, 1)
+        self.lateral = nn.Sequential(Pointwise(finest, width, bias=False), MapNorm(width))
+        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), MapNorm(width))
+        self.masks = Pointwise(width, mask_width)
         for entrance in cast("Iterable[nn.Sequential]", self.entrances):
             _initialise(entrance[0], nn.init.xavier_uniform_)
         for layer in cast("Iterable[EncoderLayer]", self.layers):
@@ -155,8 +175,10 @@ class PixelDecoder(nn.Module):
                 each.transpose(1, 2).unflatten(2, size)
                 for each, size in zip(tokens.split([h * w for h, w in sizes], 1), sizes, strict=True)
             ]
-            fine = self.lateral(finest) + resize(encoded[-1], (finest.shape[-2], finest.shape[-1]))
-            return self.masks(self.smooth(fine).relu()), encoded
+            # Of one map at a time, so that it stays channels last, which `frames.resize` would change.
+            enlarged = F.interpolate(encoded[-1], finest.shape[-2:], mode="bilinear", align_corners=False)
+            fine = self.lateral(finest) + enlarged
+            return self.masks(self.smooth(fine).relu_()), encoded
 
 
 def _initialise(convolution: nn.Module, weight: Callable[[Tensor], object]) -> None:
