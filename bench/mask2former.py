@@ -51,14 +51,10 @@ def peer(model: Segmenter) -> nn.Module:
     """transformers' model of the same shapes, whose weights `model` takes over by way of the converter."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    swin = SwinConfig(
-        embed_dim=96,
-        depths=[2, 2, 6, 2],
-        num_heads=[3, 6, 12, 24],
-        window_size=7,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    config = Mask2FormerConfig(backbone_config=swin, num_labels=len(model.vocabulary), num_queries=100)
+    swin: dict[str, Any] = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
+    swin["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
+    settings: dict[str, Any] = {"num_labels": len(model.vocabulary), "num_queries": 100}
+    config = Mask2FormerConfig(backbone_config=SwinConfig(**swin), **settings)
     theirs = Mask2FormerForUniversalSegmentation(config).eval()
     weights = theirs.state_dict()
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}

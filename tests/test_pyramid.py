@@ -69,11 +69,33 @@ def test_frozen_norms_stay_as_they_are() -> None:
     assert not [name for name, parameter in pyramid.named_parameters() if parameter.grad is None]
 
 
+def test_frozen_norms_are_batch_norms_in_evaluation() -> None:
+    torch.manual_seed(0)
+    plain, frozen = (Pyramid("resnet18", norms=False, freeze_norms=freeze).eval() for freeze in (False, True))
+    weights = {
+        name: torch.rand(tensor.shape) + 0.5 if tensor.ndim == 1 else tensor
+        for name, tensor in plain.state_dict().items()
+    }
+    plain.load_state_dict(weights)
+    frozen.load_state_dict({name: weights[name] for name in frozen.state_dict()})
+    assert {name for name in weights if name not in frozen.state_dict()} == {
+        name for name in weights if name.endswith("num_batches_tracked")
+    }
+    pixels = torch.rand(1, 3, 32, 64) * 255
+    with torch.inference_mode():
+        for ours, same in zip(frozen(pixels), plain(pixels), strict=True):
+            torch.testing.assert_close(ours, same, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ({"model": "swin_tinny_patch4_window7_224"}, "Did you mean 'swin_tiny_patch4_window7_224'"),
         ({"model": "vit_tiny_patch16_224", "norms": False}, "a pyramid needs"),
+        (
+            {"model": "mobilenetv3_small_050", "norms": False, "freeze_norms": True},
+            "is for plain batch norms, and bn1 is a",
+        ),
         ({"model": "resnet18", "window": 7}, "resnet18 cannot be made like that: .*window_size"),
         ({**SWIN, "widths": (8, 12, 32, 64)}, r"widths \[8, 12, 32, 64\] are not what"),
     ],

@@ -18,6 +18,32 @@ from maskfirst.errors import UserError, nearest
 STRIDES = (4, 8, 16, 32)
 
 
+class FrozenNorm(nn.Module):
+    """A batch norm whose statistics and scales are constants, by the same names."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        for name, tensor in norm.state_dict().items():
+            if name != "num_batches_tracked":
+                self.register_buffer(name, tensor.clone())
+        self.eps = norm.eps
+
+    def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        scale = self.get_buffer("weight") * (self.get_buffer("running_var") + self.eps).rsqrt()
+        shift = self.get_buffer("bias") - self.get_buffer("running_mean") * scale
+        return torch.addcmul(shift[:, None, None], maps, scale[:, None, None])
+
+
+def _freeze_norms(trunk: nn.Module) -> None:
+    for place, norm in list(trunk.named_modules()):
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        if type(norm) is not nn.BatchNorm2d:
+            # Such as timm's BatchNormAct2d, which has the activation within.
+            raise ValueError(f"freeze_norms is for plain batch norms, and {place} is a {type(norm).__name__}")
+        trunk.set_submodule(place, FrozenNorm(norm))
+
+
 class Pyramid(Backbone, Resizable):
     """The last map of each stride of timm's `model`, which may have any size of picture.
 
@@ -64,7 +90,9 @@ class Pyramid(Backbone, Resizable):
         if widths is not None and widths != self.channels:
             raise ValueError(f"widths {list(widths)} are not what {model} makes of them, {list(self.channels)}")
         trunk.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
-        self.trunk = timm.layers.freeze_batch_norm_2d(trunk) if freeze_norms else trunk
+        if freeze_norms:
+            _freeze_norms(trunk)
+        self.trunk = trunk
         self.norms = nn.ModuleList(nn.LayerNorm(width, norm_eps) for width in self.channels) if norms else None
         self.strides = STRIDES
         self.mean = mean

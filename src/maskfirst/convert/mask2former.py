@@ -255,9 +255,11 @@ def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
     """The bundled recipe of a model of these shapes; None for models of no published row."""
     found = facts(tensors)
     for data in _DATA.get(found.classes, ()):
-        name = f"mask2former-{found.backbone}-{data}"
-        if name in recipes.names() and _proposer(name).get("queries", 100) == found.queries:
-            return name, ()
+        # What a backbone was pretrained on shows in no shape.
+        for backbone in (found.backbone, f"{found.backbone}-22k"):
+            name = f"mask2former-{backbone}-{data}"
+            if name in recipes.names() and _proposer(name).get("queries", 100) == found.queries:
+                return name, ()
     return None
 
 
