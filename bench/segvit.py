@@ -25,6 +25,7 @@ from maskfirst.build import Experiment, load
 from maskfirst.data.images import read_image
 from maskfirst.files import write_json
 from maskfirst.frames import Frame, Size
+from maskfirst.ops.cpu import fast_on_cpu
 from maskfirst.optim import parameter_groups
 from maskfirst.predict import find_pictures, predict_files
 from maskfirst.segmenter import Segmenter
@@ -99,12 +100,16 @@ def latency(repeats: int, clock: Clock) -> dict[str, Timing]:
     """One picture of 512 px: the bare trunk, the network, and to logits in both orders; fp32 and bf16."""
     model, given = segmenter().eval(), batch()
 
+    def trunk() -> object:
+        with fast_on_cpu():
+            return model.proposer.get_submodule("backbone")(given.pixels)
+
     def logits(order: Order) -> Tensor:
         proposals, names = model(given)
         return read_out(proposals, names, 0, (SIDE, SIDE), order).fetch(0, SIDE)
 
     parts: dict[str, Callable[[], object]] = {
-        "trunk": lambda: model.proposer.get_submodule("backbone")(given.pixels),
+        "trunk": trunk,
         "network": lambda: model(given),
         "masks first": lambda: logits("masks_first"),
         "names first": lambda: logits("names_first"),

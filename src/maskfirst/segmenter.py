@@ -13,6 +13,7 @@ from maskfirst import finite, rows, tasks
 from maskfirst.contracts import Criterion, Namer, Proposer
 from maskfirst.errors import UserError
 from maskfirst.frames import Fit, Frame, Size
+from maskfirst.ops.cpu import fast_on_cpu
 from maskfirst.types import Batch, Names, Proposals, Segments, Vocabulary
 
 
@@ -93,8 +94,9 @@ class Segmenter(nn.Module):
         return self.proposer.uses_truth or self.namer.uses_truth
 
     def forward(self, batch: Batch) -> tuple[Proposals, Names]:
-        proposals = self.proposer(batch)
-        return proposals, self.namer(proposals, batch)
+        with fast_on_cpu():
+            proposals = self.proposer(batch)
+            return proposals, self.namer(proposals, batch)
 
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name, those of earlier guesses with `_0`, `_1`, ...; their plain sum is trained on."""
@@ -104,8 +106,8 @@ class Segmenter(nn.Module):
             tasks.targets(segments, self.vocabulary, task)
             for segments, task in zip(batch.truth, batch.tasks, strict=True)
         ]
-        proposals = self.proposer(batch)
-        losses = dict(self.criterion(proposals, self.namer(proposals, batch), truth))
+        proposals, names = self(batch)
+        losses = dict(self.criterion(proposals, names, truth))
         for index, guess in enumerate(proposals.earlier):
             for name, value in self.criterion(guess, self.namer(guess, batch), truth).items():
                 losses[f"{name}_{index}"] = value

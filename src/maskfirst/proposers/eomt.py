@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from maskfirst.contracts import Proposer, Trunk
 from maskfirst.frames import Size, resize
-from maskfirst.ops.linear import fast_linear
 from maskfirst.proposers.atm import FreeQueries
 from maskfirst.types import TASKS, Batch, Proposals
 
@@ -110,10 +109,6 @@ class EoMT(Proposer):
         self.masking = tuple(masking(progress, span, self.power) for span in self.annealing)
 
     def forward(self, batch: Batch) -> Proposals:
-        with fast_linear():
-            return self._propose(batch)
-
-    def _propose(self, batch: Batch) -> Proposals:
         tokens, grid = self.trunk.embed(batch.pixels)
         first = self.trunk.depth - self.blocks
         for index in range(first):

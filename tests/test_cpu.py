@@ -1,11 +1,11 @@
-"""Linear layers as convolutions are linear layers, forward and backward, and only where that is faster."""
+"""Layers that are run another way are the same layers, and are run so only where that is faster."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskfirst.ops import linear
+from maskfirst.ops import cpu
 
 SHAPE = (3, 40, 64)
 OUT = 1200
@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_layer(bias: bool, convolutions: l
     for given in (maps, maps[:, 3:]):
         weights = torch.randn(*given.shape[:-1], OUT)
         results = []
-        for context in (linear.fast_linear, torch.enable_grad):
+        for context in (cpu.fast_on_cpu, torch.enable_grad):
             with context():
                 found = layer(given)
             results.append([found, *torch.autograd.grad((found * weights).sum(), [maps, *layer.parameters()])])
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_the_layer(bias: bool, convolutions: l
 
 def test_what_is_not_won_stays_as_it_is(convolutions: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     layer, maps = nn.Linear(SHAPE[-1], OUT), torch.randn(SHAPE)
-    with linear.fast_linear(), torch.inference_mode():
+    with cpu.fast_on_cpu(), torch.inference_mode():
         layer(maps[:, :2])
         layer.double()(maps.double())
         layer.float()
@@ -57,13 +57,47 @@ def test_what_is_not_won_stays_as_it_is(convolutions: list[tuple[int, ...]], mon
         nn.Linear(SHAPE[-1], OUT)(maps)
         assert len(convolutions) == 1
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with linear.fast_linear():
+    with cpu.fast_on_cpu():
         nn.Linear(SHAPE[-1], OUT)(maps)
     assert len(convolutions) == 1
 
 
 def test_layers_are_themselves_again_after_the_block(convolutions: list[tuple[int, ...]]) -> None:
-    with linear.fast_linear():
+    with cpu.fast_on_cpu():
         pass
     nn.Linear(SHAPE[-1], OUT)(torch.randn(SHAPE))
     assert convolutions == []
+
+
+def test_attention_in_bf16_is_attention_without_its_fused_kernel(
+    convolutions: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "SCORES", 2 * 3 * 50 * 8)  # eight queries at a time, and two in the end
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(2, 3, count, 16, generator=generator) for count in (50, 50, 50)]
+    parts = [each.bfloat16() for each in whole]
+    expected = F.scaled_dot_product_attention(*whole)
+    seen: list[torch.dtype] = []
+    softmax = Tensor.softmax
+
+    def counted(scores: Tensor, axis: int) -> Tensor:
+        seen.append(scores.dtype)
+        return softmax(scores, axis)
+
+    monkeypatch.setattr(Tensor, "softmax", counted)
+    with torch.inference_mode(), cpu.fast_on_cpu():
+        found = F.scaled_dot_product_attention(*parts)
+        assert len(seen) == 7
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+        # What torch's kernel alone can do is left to it.
+        F.scaled_dot_product_attention(*parts, is_causal=True)
+        F.scaled_dot_product_attention(*parts, torch.ones(50, 50, dtype=torch.bool))
+        F.scaled_dot_product_attention(*parts, attn_mask=torch.ones(50, 50, dtype=torch.bool))
+        F.scaled_dot_product_attention(*whole)
+        assert len(seen) == 7
+        F.scaled_dot_product_attention(*parts, attn_mask=None, dropout_p=0.0)
+        assert len(seen) == 14
+    with cpu.fast_on_cpu():
+        F.scaled_dot_product_attention(*parts)
+    assert len(seen) == 14
