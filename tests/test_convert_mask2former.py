@@ -28,7 +28,7 @@ from maskfirst.segmenter import Segmenter
 from maskfirst.types import Batch
 
 RULES = Path(__file__).parent / "fixtures" / "mask2former" / "keymap_mmseg_to_mask2former.json"
-SWIN = {"kind": "pyramid", "widths": [8, 16, 32, 64], "depths": [2, 1, 1, 1], "heads": [1, 1, 2, 2], "window": 4}
+SWIN = {"kind": "pyramid", "widths": [8, 16, 32, 64], "depths": [2, 2, 2, 1], "heads": [1, 1, 2, 2], "window": 5}
 RESNET = {"kind": "pyramid", "model": "resnet18", "norms": False, "freeze_norms": True}
 LAYERS = {"encoder": 1, "decoder": 3}
 
@@ -144,7 +144,7 @@ def test_files_of_all_ages_become_the_same_model(tmp_path: Path, suffix: str, sp
     report = convert(save(tmp_path / f"x{suffix}", tensors), Recipe(tree(), "tiny.yaml"), tmp_path / "out.safetensors")
     assert_same(tmp_path / "out.safetensors", model)
     assert report.origin == "Mask2Former"
-    assert report.holds == ("a Mask2Former of 5 queries 32 wide for 3 classes on Swin 8 wide with 2, 1, 1, 1 blocks")
+    assert report.holds == ("a Mask2Former of 5 queries 32 wide for 3 classes on Swin 8 wide with 2, 2, 2, 1 blocks")
     assert set(report.left) == {
         "criterion.empty_weight",
         "backbone.layers.0.blocks.1.attn.relative_position_index",
@@ -196,7 +196,7 @@ def test_a_file_s_name_tells_models_of_the_same_shapes_apart(tmp_path: Path, mon
         told = tree() | {"published": {"checkpoint": file}}
         (bundle / f"mask2former-tiny-{task}.yaml").write_text(yaml.safe_dump(told))
     monkeypatch.setattr(recipes, "_BUNDLED", bundle)
-    monkeypatch.setattr(pyramids, "_NAMES", {("Swin", 8, (2, 1, 1, 1)): "tiny"})
+    monkeypatch.setattr(pyramids, "_NAMES", {("Swin", 8, (2, 2, 2, 1)): "tiny"})
     monkeypatch.setattr(mask2former, "_DATA", {3: ("first", "second")})
     tensors = original(segmenter(tree()))
     for file, name in (("model_final_2.pkl", "second"), ("model_final_1.pkl", "first"), ("mine.pkl", "first")):
@@ -344,7 +344,7 @@ def test_mmseg_s_names_lead_where_the_original_s_do() -> None:
 def theirs() -> Mask2FormerForUniversalSegmentation:
     torch.manual_seed(0)
     swin = SwinConfig(
-        embed_dim=8, depths=[2, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, image_size=64,
+        embed_dim=8, depths=[2, 2, 2, 1], num_heads=[1, 1, 2, 2], window_size=5, image_size=64,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
     config = Mask2FormerConfig(

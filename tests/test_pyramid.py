@@ -9,6 +9,7 @@ from torch import nn
 
 from maskfirst.backbones.pyramid import Pyramid
 from maskfirst.backbones.simple_pyramid import SimplePyramid
+from maskfirst.backbones.swin import SwinBlock
 from maskfirst.backbones.vit import Taps, TimmViT
 from maskfirst.errors import UserError
 
@@ -43,6 +44,39 @@ def test_swin_takes_any_size(size: tuple[int, int]) -> None:
         assert tapped.shape == (2, channels, padded[0] // stride, padded[1] // stride)
         # The norm is over channels, and at first without scale or shift.
         torch.testing.assert_close(tapped.mean(1), torch.zeros_like(tapped[:, 0]), atol=1e-5, rtol=0)
+
+
+def swin_block(window: int, shift: int) -> Any:
+    torch.manual_seed(0)
+    trunk: Any = timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_dim=8, depths=(2, 1, 1, 1), num_heads=(2, 2, 2, 2), window_size=window,
+        strict_img_size=False, always_partition=True, num_classes=0,
+    )  # fmt: skip
+    block = trunk.layers[0].blocks[1 if shift else 0]
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block.eval()
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_swin_s_block_is_timm_s_where_windows_fit(shift: int) -> None:
+    block = swin_block(5, shift)
+    assert tuple(block.shift_size) == (shift, shift)
+    maps = torch.randn(2, 15, 10, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(SwinBlock(block)(maps), block(maps))
+
+
+def test_windows_do_not_wrap_round_where_they_do_not_fit() -> None:
+    """What a token sees lies within a window's length of it, at the map's borders too."""
+    block = SwinBlock(swin_block(5, 2))
+    maps = torch.randn(1, 12, 5, 8)
+    changed = maps.clone()
+    changed[:, -1] = torch.randn(1, 5, 8)
+    with torch.inference_mode():
+        rows = (block(changed) - block(maps)).abs().amax((0, 2, 3))
+    # Shifted by 2, windows begin at rows 2, 7 and 12, of which the last is padding, and what is before 2 stays alone.
+    assert (rows > 1e-4).tolist() == [False] * 7 + [True] * 5
 
 
 def test_it_normalises_for_itself_and_pads_with_what_becomes_nothing() -> None:

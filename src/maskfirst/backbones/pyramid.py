@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskfirst.backbones.swin import SwinBlock
 from maskfirst.backbones.vit import IMAGENET_MEAN, IMAGENET_STD, load_timm
 from maskfirst.contracts import Backbone, Resizable
 from maskfirst.errors import UserError, nearest
@@ -90,6 +91,9 @@ class Pyramid(Backbone, Resizable):
         if widths is not None and widths != self.channels:
             raise ValueError(f"widths {list(widths)} are not what {model} makes of them, {list(self.channels)}")
         trunk.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
+        if model.startswith("swin_"):
+            for stage in trunk.layers:
+                stage.blocks = nn.Sequential(*(SwinBlock(block) for block in stage.blocks))
         if freeze_norms:
             _freeze_norms(trunk)
         self.trunk = trunk

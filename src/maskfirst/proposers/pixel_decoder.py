@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from maskfirst.frames import Size
 from maskfirst.ops.deformable_attention import deformable_attention
@@ -26,8 +27,8 @@ class MapNorm(nn.GroupNorm):
     def __init__(self, width: int) -> None:
         super().__init__(math.gcd(GROUPS, width), width)
 
-    def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        return torch.group_norm(maps, self.num_groups, self.weight, self.bias, self.eps)
+    def forward(self, input: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class Pointwise(nn.Conv2d):
@@ -36,8 +37,8 @@ class Pointwise(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, 1, bias=bias)
 
-    def forward(self, maps: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
-        return F.linear(maps.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+    def forward(self, input: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
+        return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class DeformableAttention(nn.Module):
@@ -77,13 +78,22 @@ class DeformableAttention(nn.Module):
         value = self.value(tokens).unflatten(-1, (self.heads, -1))
         offsets = self.offsets(queries).unflatten(-1, (self.heads, self.levels, self.points, 2))
         scores = self.weights(queries).unflatten(-1, (self.heads, -1))
+        if not torch.is_grad_enabled():
+            return self.output(self._look(value, offsets, scores, sizes, places))
+        # Four numbers and rows a sample are made anew in the backward pass: for 2 % more time, a sixth less memory.
+        return self.output(
+            checkpoint(self._look, value, offsets, scores, sizes, places, use_reentrant=False, preserve_rng_state=False)
+        )
+
+    def _look(
+        self, value: Tensor, offsets: Tensor, scores: Tensor, sizes: Sequence[Size], places: Tensor
+    ) -> Float[Tensor, "B N D"]:
         # torch's softmax of so short rows takes five times as long.
         shares = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-        shares = shares / shares.sum(-1, keepdim=True)
-        # As many rows as places, so that the sum does not fall into pieces of two numbers.
+        shares = (shares / shares.sum(-1, keepdim=True)).unflatten(-1, (self.levels, self.points))
+        # As many rows as offsets, so that the sum does not fall into pieces of two numbers.
         around = places[:, None, :, None].expand(-1, self.heads, -1, self.points, -1).contiguous()
-        shares = shares.unflatten(-1, (self.levels, self.points))
-        return self.output(deformable_attention(value, sizes, around + offsets, shares))
+        return deformable_attention(value, sizes, around + offsets, shares)
 
 
 class EncoderLayer(nn.Module):

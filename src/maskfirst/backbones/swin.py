@@ -1,0 +1,69 @@
+"""Swin's block for maps of any size: windows that shift over a map which was padded first.
+
+Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", 2021. timm's block pads after it has
+shifted, by which windows wrap round where a map is no multiple of them; dense prediction's checkpoints were trained otherwise.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskfirst.frames import Size
+
+BLOCKED = -100.0
+"""Added to the similarity of tokens that only share a window because it wraps round."""
+
+
+class SwinBlock(nn.Module):
+    """A block of timm's `swin_*` models, of which it takes the parts over by their names."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1: Any = block.norm1
+        self.attn: Any = block.attn
+        self.drop_path1: Any = block.drop_path1
+        self.norm2: Any = block.norm2
+        self.mlp: Any = block.mlp
+        self.drop_path2: Any = block.drop_path2
+        self.window: Size = tuple(block.window_size)
+        self.shift: Size = tuple(block.shift_size)
+
+    def forward(self, maps: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
+        maps = maps + self.drop_path1(self._attend(self.norm1(maps)))
+        return maps + self.drop_path2(self.mlp(self.norm2(maps)))
+
+    def _attend(self, maps: Tensor) -> Tensor:
+        height, width, channels = maps.shape[1:]
+        (tall, wide), (down, right) = self.window, self.shift
+        maps = F.pad(maps, (0, 0, 0, -width % wide, 0, -height % tall))
+        size = (maps.shape[1], maps.shape[2])
+        shifted = any(self.shift)
+        if shifted:
+            maps = maps.roll((-down, -right), (1, 2))
+        windows = _windows(maps, self.window).flatten(0, 2).flatten(1, 2)
+        blocked = _blocked(size, self.window, self.shift, maps) if shifted else None
+        seen = self.attn(windows, mask=blocked)
+        seen = seen.view(-1, size[0] // tall, size[1] // wide, tall, wide, channels)
+        seen = seen.transpose(2, 3).reshape(-1, *size, channels)
+        if shifted:
+            seen = seen.roll((down, right), (1, 2))
+        return seen[:, :height, :width]
+
+
+def _windows(maps: Shaped[Tensor, "B H W C"], window: Size) -> Shaped[Tensor, "B Y X h w C"]:
+    return maps.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).transpose(2, 3)
+
+
+def _blocked(size: Size, window: Size, shift: Size, like: Tensor) -> Float[Tensor, "M N N"]:
+    """For each of the M windows of a shifted map, BLOCKED between tokens that did not lie side by side before."""
+    regions = torch.zeros(size, dtype=torch.int32, device=like.device)
+    for axis in range(2):
+        place = torch.arange(size[axis], dtype=torch.int32, device=like.device)
+        # What came round the end, and the rest of the windows that hold it.
+        region = (place >= size[axis] - window[axis]).int() + (place >= size[axis] - shift[axis]).int()
+        regions = 3 * regions + (region[:, None] if axis == 0 else region)
+    tokens = _windows(regions[None, ..., None], window).flatten(0, 2).flatten(1)
+    return (tokens[:, None] != tokens[:, :, None]).to(like.dtype) * BLOCKED
