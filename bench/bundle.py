@@ -29,7 +29,9 @@ def main() -> None:
     store(dict(file.scores))
     found = evaluate(build.load(path), Experiment(file.recipe, file.vocabulary).dataset("test"))
     store(found.as_json())
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, test mIoU {found.scores['mIoU']:.4f} of {found.count} pictures")
+    print(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, test {found.scores.headline} {found.scores.value:.4f} of {found.count} pictures"
+    )
 
 
 if __name__ == "__main__":
