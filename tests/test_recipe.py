@@ -499,7 +499,7 @@ def test_building_on_meta_gives_the_same_tensors_without_their_memory() -> None:
         ("data.trian.kind=folder", "data: unknown key 'trian'. Did you mean 'train'? Known: train, val, test."),
         ("data=folder", "data: should be a mapping, got 'folder'."),
         ("data.train={kind: folder, rot: x}", "data.train: unknown key 'rot'. Did you mean 'root'? "
-         "Known: root, images, labels, split, shift, ignore, ids, colors, ending, limit."),
+         "Known: root, images, labels, split, shift, ignore, ids, colors, merge, instances, smallest, ending, limit."),
         ("augment=[{kind: flip, p: often}]", "augment.0.p: should be a valid number, got 'often'."),
         ("train={steps: 10, batch: 2, optimizer: {lr: fast}}", "train.optimizer.lr: should be a valid number, got 'fast'."),
         ("train={steps: 10, batch: 0}", "train: batch: 0 must be at least 1"),

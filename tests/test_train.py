@@ -419,7 +419,7 @@ def test_callbacks_follow(tmp_path: Path) -> None:
             heard.append((state.step, set(losses)))
 
         def on_evaluation(self, state: State, evaluation: Evaluation) -> None:
-            heard.append((state.step, evaluation.scores["mIoU"]))
+            heard.append((state.step, evaluation.scores.value))
 
         def on_end(self, state: State) -> None:
             heard.append("end")
