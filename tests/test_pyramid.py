@@ -1,5 +1,7 @@
 """Pyramids: timm's networks at any size, their norms, pretrained weights and other windows; and pyramids of plain ViTs."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from maskfirst.backbones.simple_pyramid import SimplePyramid
 from maskfirst.backbones.swin import SwinBlock
 from maskfirst.backbones.vit import Taps, TimmViT
 from maskfirst.errors import UserError
+from maskfirst.ops.cpu import fast_on_cpu
 
 SWIN: dict[str, Any] = {"widths": (8, 16, 32, 64), "depths": (2, 1, 1, 1), "heads": (1, 1, 2, 2), "window": 4}
 
@@ -46,10 +49,10 @@ def test_swin_takes_any_size(size: tuple[int, int]) -> None:
         torch.testing.assert_close(tapped.mean(1), torch.zeros_like(tapped[:, 0]), atol=1e-5, rtol=0)
 
 
-def swin_block(window: int, shift: int) -> Any:
+def swin_block(window: int, shift: int, width: int = 8) -> Any:
     torch.manual_seed(0)
     trunk: Any = timm.create_model(
-        "swin_tiny_patch4_window7_224", embed_dim=8, depths=(2, 1, 1, 1), num_heads=(2, 2, 2, 2), window_size=window,
+        "swin_tiny_patch4_window7_224", embed_dim=width, depths=(2, 1, 1, 1), num_heads=(2, 2, 2, 2), window_size=window,
         strict_img_size=False, always_partition=True, num_classes=0,
     )  # fmt: skip
     block = trunk.layers[0].blocks[1 if shift else 0]
@@ -64,7 +67,21 @@ def test_swin_s_block_is_timm_s_where_windows_fit(shift: int) -> None:
     assert tuple(block.shift_size) == (shift, shift)
     maps = torch.randn(2, 15, 10, 8)
     with torch.inference_mode():
-        torch.testing.assert_close(SwinBlock(block)(maps), block(maps))
+        torch.testing.assert_close(SwinBlock(block, again=False)(maps), block(maps))
+
+
+@pytest.mark.parametrize("fast", [nullcontext, fast_on_cpu])
+def test_what_is_made_anew_is_the_same(fast: Callable[[], AbstractContextManager[object]]) -> None:
+    # So wide that the fast way is taken.
+    block = swin_block(5, 2, 64)
+    gradients = []
+    for again in (False, True):
+        maps = torch.randn(2, 31, 24, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with fast():
+            loss = SwinBlock(block, again)(maps).square().sum()
+        gradients.append(torch.autograd.grad(loss, [maps, *block.parameters()]))
+    for kept, anew in zip(*gradients, strict=True):
+        torch.testing.assert_close(anew, kept, rtol=1e-4, atol=1e-3)
 
 
 def test_windows_do_not_wrap_round_where_they_do_not_fit() -> None:
@@ -80,7 +97,7 @@ def test_windows_do_not_wrap_round_where_they_do_not_fit() -> None:
         return (rows > 1e-4).nonzero()[:, 0].tolist()
 
     # Shifted by 2, windows begin at rows 2, 7 and 12.
-    assert reached(SwinBlock(timms)) == [12, 13, 14, 15]
+    assert reached(SwinBlock(timms, again=False)) == [12, 13, 14, 15]
     assert reached(timms) == [0, 12, 13, 14, 15]
 
 

@@ -92,8 +92,9 @@ class Pyramid(Backbone, Resizable):
             raise ValueError(f"widths {list(widths)} are not what {model} makes of them, {list(self.channels)}")
         trunk.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
         if model.startswith("swin_"):
-            for stage in trunk.layers:
-                stage.blocks = nn.Sequential(*(SwinBlock(block) for block in stage.blocks))
+            for index, stage in enumerate(trunk.layers):
+                # The first two stages keep most for the backward pass, and are a third of the work or less.
+                stage.blocks = nn.Sequential(*(SwinBlock(block, again=index < 2) for block in stage.blocks))
         if freeze_norms:
             _freeze_norms(trunk)
         self.trunk = trunk
