@@ -29,9 +29,8 @@ def main() -> None:
     store(dict(file.scores))
     found = evaluate(build.load(path), Experiment(file.recipe, file.vocabulary).dataset("test"))
     store(found.as_json())
-    print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, test {found.scores.headline} {found.scores.value:.4f} of {found.count} pictures"
-    )
+    scored = f"test {found.scores.headline} {found.scores.value:.4f} of {found.count} pictures"
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {scored}")
 
 
 if __name__ == "__main__":
