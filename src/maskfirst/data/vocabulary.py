@@ -37,7 +37,7 @@ def load(source: str | Path, root: Path | None = None) -> Vocabulary:
     """
     name = str(source)
     if name in bundled():
-        return _parse((_BUNDLED / f"{name}.yaml").read_text(encoding="utf-8"), name)
+        return _bundled(name)
     path = (root or Path()) / source
     if not path.is_file():
         known = f"Bundled: {', '.join(bundled())}."
@@ -51,6 +51,11 @@ def load(source: str | Path, root: Path | None = None) -> Vocabulary:
     if path.suffix.lower() == ".txt":
         return _made(_lines(text), str(path))
     return _parse(text, str(path))
+
+
+@functools.cache
+def _bundled(name: str) -> Vocabulary:
+    return _parse((_BUNDLED / f"{name}.yaml").read_text(encoding="utf-8"), name)
 
 
 def of_folder(root: Path) -> Vocabulary:
