@@ -4,16 +4,12 @@ One picture of 1024 x 1024 px with 50 segments, 100 proposals on a grid of 256 x
 guess. Dense: the same losses of masks enlarged to the picture, as autograd keeps them. `--busy` takes processor time.
 """
 
-import argparse
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from bench.measure import Clock, as_json, hardware, interleaved, peak_memory
-from bench.segvit import Check
+from bench.measure import Check, as_json, hardware, interleaved, options, peak_memory, settle
 from maskfirst.criteria.matched import Matched
 from maskfirst.data.vocabulary import from_names
 from maskfirst.files import write_json
@@ -65,14 +61,8 @@ def dense() -> Callable[[], object]:
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--busy", action="store_true", help="processor time of one thread")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1 if arguments.busy else arguments.threads)
-    clock: Clock = time.process_time if arguments.busy else time.perf_counter
+    arguments = options(__doc__, repeats=5).parse_args()
+    clock = settle(arguments)
     ways = {"points": points, "dense": dense}
     timings = interleaved({name: make() for name, make in ways.items()}, arguments.repeats, clock)
     memory = {}
@@ -88,7 +78,7 @@ def main() -> None:
     for check in checks:
         print(check)
     if arguments.out is not None:
-        told = [{"name": c.name, "value": float(f"{c.value:.4g}"), "bound": c.bound, "met": c.met} for c in checks]
+        told = [check.as_json() for check in checks]
         found = {"hardware": hardware(), "clock": clock.__name__, "timings": as_json(timings), "memory": memory}
         write_json(arguments.out, found | {"checks": told})
 

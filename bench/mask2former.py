@@ -5,27 +5,35 @@ original's figures were measured in the same unit on a 2-core AMD EPYC with AVX-
 installed, runs here, in the same process and with the same weights.
 """
 
-import argparse
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bench.measure import Clock, Timing, as_json, hardware, interleaved, peak_memory
-from bench.segvit import Check, batch
+from bench.measure import (
+    Check,
+    Clock,
+    Timing,
+    as_json,
+    hardware,
+    inference,
+    interleaved,
+    options,
+    peak_memory,
+    settle,
+    steps,
+)
+from bench.segvit import batch
 from maskfirst import recipe
-from maskfirst.backbones.vit import IMAGENET_MEAN, IMAGENET_STD
+from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD
 from maskfirst.build import Experiment
 from maskfirst.convert import mask2former
 from maskfirst.convert.rename import rename
 from maskfirst.files import write_json
 from maskfirst.ops.cpu import fast_on_cpu
-from maskfirst.optim import parameter_groups
 from maskfirst.proposers.mask2former import Mask2Former
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Batch
@@ -87,38 +95,16 @@ def latency(repeats: int, clock: Clock) -> tuple[dict[str, Timing], float | None
         "network": lambda: model(seen),
     }
     # The parts alone as the network has them.
-    items = {name: _inference(run, fast_on_cpu) for name, run in items.items()}
+    items = {name: inference(run, fast_on_cpu) for name, run in items.items()}
     if theirs is not None:
-        items["transformers"] = _inference(lambda: theirs(pixel_values=pixels, pixel_mask=mask), nullcontext)
+        items["transformers"] = inference(lambda: theirs(pixel_values=pixels, pixel_mask=mask), nullcontext)
     return interleaved(items, repeats, clock), differ
-
-
-def _inference(
-    run: Callable[[], object], context: Callable[[], AbstractContextManager[object]]
-) -> Callable[[], object]:
-    def call() -> object:
-        with torch.inference_mode(), context():
-            return run()
-
-    return call
 
 
 def training_step() -> Callable[[], object]:
     """Forward, the losses of ten stages, backward and AdamW for two pictures of 512 px, drop-path on."""
     model, seen = segmenter().train(), given(2, truth=True)
-    training = Experiment(recipe.load(RECIPE, OVERRIDES)).training()
-    optimizer = training.optimizer.build(
-        parameter_groups(dict(model.named_parameters()), training.optimizer, training.groups)
-    )
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = torch.stack(list(model.losses(seen).values())).sum()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return step
+    return steps(model, seen, Experiment(recipe.load(RECIPE, OVERRIDES)).training())
 
 
 def measure(groups: Sequence[str], repeats: int, clock: Clock) -> dict[str, Any]:
@@ -157,23 +143,16 @@ def measure(groups: Sequence[str], repeats: int, clock: Clock) -> dict[str, Any]
         print(check)
     found["timings"] = as_json(timings)
     found["original"] = {"work": ORIGINAL, "peak_mib": ORIGINAL_MIB}
-    found["checks"] = [
-        {"name": c.name, "value": float(f"{c.value:.4g}"), "bound": c.bound, "met": c.met} for c in checks
-    ]
+    found["checks"] = [check.as_json() for check in checks]
     return found
 
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, repeats=7)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="which groups of figures")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--busy", action="store_true", help="processor time of one thread")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
-    torch.set_num_threads(1 if arguments.busy else arguments.threads)
-    clock = time.process_time if arguments.busy else time.perf_counter
+    clock = settle(arguments)
     found = measure(arguments.only, arguments.repeats, clock)
     if arguments.out is not None:
         write_json(arguments.out, found)

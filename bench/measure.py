@@ -5,18 +5,25 @@ was right before and after that call. It says how much of the probe's work fits 
 machine wants processor time in place of wall time, with one thread: `Clock` of `time.process_time`.
 """
 
+import argparse
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from maskfirst.optim import parameter_groups
+from maskfirst.segmenter import Segmenter
+from maskfirst.training import Training
+from maskfirst.types import Batch
 
 MIB = 2**20
 PROBE = (1024, 768, 3072)
@@ -85,6 +92,71 @@ def _timing(calls: Sequence[tuple[float, float]]) -> Timing:
         statistics.median(rate for _, rate in calls),
         len(calls),
     )
+
+
+@dataclass(frozen=True)
+class Check:
+    """A figure and what it should be at most, or at least."""
+
+    name: str
+    value: float
+    bound: float
+    most: bool = True
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.bound if self.most else self.value >= self.bound
+
+    def __str__(self) -> str:
+        sign, verdict = ("<=" if self.most else ">="), ("met" if self.met else "MISSED")
+        return f"  {self.name:<44}{self.value:9.4g} {sign} {self.bound:<8g}{verdict}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "value": float(f"{self.value:.4g}"), "bound": self.bound, "met": self.met}
+
+
+def options(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """What every bench can be told on its command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", action="store_true", help="processor time of one thread")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    return parser
+
+
+def settle(arguments: argparse.Namespace) -> Clock:
+    """Takes the threads that were asked for; returns the clock."""
+    torch.set_num_threads(1 if arguments.busy else arguments.threads)
+    return time.process_time if arguments.busy else time.perf_counter
+
+
+def inference(
+    run: Callable[[], object], context: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Callable[[], object]:
+    """`run` without anything kept for a backward pass, inside of a `context` of its own."""
+
+    def call() -> object:
+        with torch.inference_mode(), context():
+            return run()
+
+    return call
+
+
+def steps(model: Segmenter, batch: Batch, training: Training) -> Callable[[], object]:
+    """One training step a call: forward, losses, backward, optimizer."""
+    optimizer = training.optimizer.build(
+        parameter_groups(dict(model.named_parameters()), training.optimizer, training.groups)
+    )
+
+    def step() -> object:
+        optimizer.zero_grad()
+        loss = torch.stack(list(model.losses(batch).values())).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
 
 
 def peak_memory(make: Callable[..., Callable[[], object]], *args: Any) -> tuple[float, float]:

@@ -24,8 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 from torch import Tensor
 
-from bench.measure import Clock, Timing, as_json, hardware, interleaved
-from bench.segvit import Check
+from bench.measure import Check, Clock, Timing, as_json, hardware, interleaved
 from maskfirst.data.vocabulary import from_names
 from maskfirst.files import write_json
 from maskfirst.formats import rle
@@ -246,7 +245,7 @@ def measure(repeats: int, clock: Clock) -> dict[str, Any]:
         "timings": as_json(timings),
         "original": {"work": ORIGINAL},
         "skipped": [peer for peer in PEERS if importlib.util.find_spec(peer) is None],
-        "checks": [{"name": c.name, "value": float(f"{c.value:.4g}"), "bound": c.bound, "met": c.met} for c in checks],
+        "checks": [check.as_json() for check in checks],
     }
 
 

@@ -5,16 +5,12 @@ the picture has 512 x 683 px. The original's figures, in the same unit, are thos
 alike; enlarging is part of all. Needs two idle cores for figures that compare; `--busy` takes processor time of one thread.
 """
 
-import argparse
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measure import Clock, as_json, hardware, interleaved, peak_memory
-from bench.segvit import Check
+from bench.measure import Check, Clock, as_json, hardware, interleaved, options, peak_memory, settle
 from maskfirst import rows, tasks
 from maskfirst.data.vocabulary import from_names
 from maskfirst.files import write_json
@@ -92,21 +88,16 @@ def measure(repeats: int, clock: Clock, memory: bool) -> dict[str, Any]:
         "timings": as_json(timings),
         "original": {"work": ORIGINAL},
         "memory": peaks,
-        "checks": [{"name": c.name, "value": float(f"{c.value:.4g}"), "bound": c.bound, "met": c.met} for c in checks],
+        "checks": [check.as_json() for check in checks],
     }
 
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--busy", action="store_true", help="processor time of one thread")
+    parser = options(__doc__, repeats=7)
     parser.add_argument("--no-memory", action="store_true", help="times only")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
-    torch.set_num_threads(1 if arguments.busy else arguments.threads)
-    clock = time.process_time if arguments.busy else time.perf_counter
+    clock = settle(arguments)
     found = measure(arguments.repeats, clock, not arguments.no_memory)
     if arguments.out is not None:
         write_json(arguments.out, found)

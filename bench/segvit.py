@@ -5,12 +5,10 @@ a look at ratios on a machine that does other things. The original's figures wer
 EPYC with AVX-512 and bf16 instructions, torch 2.13.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,25 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.measure import Clock, Timing, as_json, hardware, interleaved, peak_memory
+from bench.measure import (
+    Check,
+    Clock,
+    Timing,
+    as_json,
+    hardware,
+    inference,
+    interleaved,
+    options,
+    peak_memory,
+    settle,
+    steps,
+)
 from maskfirst import recipe
 from maskfirst.build import Experiment, load
 from maskfirst.data.images import read_image
 from maskfirst.files import write_json
 from maskfirst.frames import Frame, Size
 from maskfirst.ops.cpu import fast_on_cpu
-from maskfirst.optim import parameter_groups
 from maskfirst.predict import find_pictures, predict_files
 from maskfirst.segmenter import Segmenter
 from maskfirst.tasks import Order, read_out
@@ -46,24 +55,6 @@ ORIGINAL = {
 """T.P of the original code. Its bf16 figures are from another process, where fp32 took 392.3."""
 ORIGINAL_MIB = {"training step": 7992, "sliding window": 3436}
 GROUPS = ("latency", "agreement", "training", "sliding", "files")
-
-
-@dataclass(frozen=True)
-class Check:
-    """A figure and what it should be at most, or at least."""
-
-    name: str
-    value: float
-    bound: float
-    most: bool = True
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.bound if self.most else self.value >= self.bound
-
-    def __str__(self) -> str:
-        sign, verdict = ("<=" if self.most else ">="), ("met" if self.met else "MISSED")
-        return f"  {self.name:<44}{self.value:9.4g} {sign} {self.bound:<8g}{verdict}"
 
 
 def segmenter(*overrides: str) -> Segmenter:
@@ -114,35 +105,17 @@ def latency(repeats: int, clock: Clock) -> dict[str, Timing]:
         "masks first": lambda: logits("masks_first"),
         "names first": lambda: logits("names_first"),
     }
-    items = {name: _inference(run, False) for name, run in parts.items()}
-    items |= {f"{name}, bf16": _inference(run, True) for name, run in parts.items()}
+    items = {name: inference(run) for name, run in parts.items()}
+    items |= {
+        f"{name}, bf16": inference(run, lambda: torch.autocast("cpu", torch.bfloat16)) for name, run in parts.items()
+    }
     return interleaved(items, repeats, clock)
-
-
-def _inference(run: Callable[[], object], bf16: bool) -> Callable[[], object]:
-    def call() -> object:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return run()
-
-    return call
 
 
 def training_step() -> Callable[[], object]:
     """Forward, losses, backward and AdamW for two pictures of 512 px, dropout and drop-path on."""
     model, given = segmenter().train(), batch(2, truth=True)
-    training = Experiment(recipe.load(RECIPE)).training()
-    optimizer = training.optimizer.build(
-        parameter_groups(dict(model.named_parameters()), training.optimizer, training.groups)
-    )
-
-    def step() -> object:
-        optimizer.zero_grad()
-        loss = torch.stack(list(model.losses(given).values())).sum()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return step
+    return steps(model, given, Experiment(recipe.load(RECIPE)).training())
 
 
 def sliding() -> Callable[[], object]:
@@ -233,9 +206,7 @@ def measure(
     found["timings"] = as_json(timings)
     found["original"] = {"work": ORIGINAL, "peak_mib": ORIGINAL_MIB}
     found["memory"] = memory
-    found["checks"] = [
-        {"name": c.name, "value": float(f"{c.value:.4g}"), "bound": c.bound, "met": c.met} for c in checks
-    ]
+    found["checks"] = [check.as_json() for check in checks]
     return found
 
 
@@ -264,17 +235,12 @@ def _print(timings: dict[str, Timing], memory: dict[str, dict[str, float]], chec
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, repeats=7)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="which groups of figures")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--busy", action="store_true", help="processor time of one thread")
     parser.add_argument("--weights", help="trained weights, for bf16 agreement and `predict` with a small model")
     parser.add_argument("--pictures", help="a folder of pictures for them")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
-    torch.set_num_threads(1 if arguments.busy else arguments.threads)
-    clock = time.process_time if arguments.busy else time.perf_counter
+    clock = settle(arguments)
     found = measure(arguments.only, arguments.repeats, arguments.weights, arguments.pictures, clock)
     if arguments.out is not None:
         write_json(arguments.out, found)
