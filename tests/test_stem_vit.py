@@ -19,8 +19,8 @@ def test_bf16_sees_a_quarter_of_a_grey_level_in_the_picture() -> None:
         backbone(pixels)
         backbone(pixels + 0.25)
         # Normalised, to about 2.2, both round to one bf16 number.
-        assert ((pixels - backbone.shift) / backbone.scale).bfloat16()[0, 0, 0, 0] == (
-            (pixels + 0.25 - backbone.shift) / backbone.scale
+        assert ((pixels - backbone.pixels.shift) / backbone.pixels.scale).bfloat16()[0, 0, 0, 0] == (
+            (pixels + 0.25 - backbone.pixels.shift) / backbone.pixels.scale
         ).bfloat16()[0, 0, 0, 0]
     assert seen[0].dtype == torch.float32
     assert not torch.equal(seen[0], seen[1])

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.swin import SwinBlock
-from maskfirst.backbones.vit import IMAGENET_MEAN, IMAGENET_STD, load_timm
+from maskfirst.backbones.timm_models import load_timm, pretrained_model
 from maskfirst.contracts import Backbone, Resizable
-from maskfirst.errors import UserError, nearest
+from maskfirst.errors import nearest
 
 STRIDES = (4, 8, 16, 32)
 
@@ -82,7 +83,7 @@ class Pyramid(Backbone, Resizable):
         chosen = {key: value for key, value in settings.items() if value is not None}
         trunk = _create(timm, model, drop_path_rate=drop_path, **chosen)
         if pretrained:
-            self._start_from(trunk, _create(timm, model, pretrained=True), model)
+            self._start_from(trunk, pretrained_model(model), model)
         reductions = [info["reduction"] for info in trunk.feature_info]
         self.taps = [index for index, stride in enumerate(reductions) if stride in STRIDES]
         if tuple(reductions[index] for index in self.taps) != STRIDES:
@@ -102,15 +103,12 @@ class Pyramid(Backbone, Resizable):
         self.strides = STRIDES
         self.mean = mean
         self.multiple = STRIDES[-1]
-        self.shift: Tensor
-        self.scale: Tensor
-        self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.pixels = Pixels(mean, std, self.multiple)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _c _h _w"]]:
-        height, width = pixels.shape[-2:]
-        pixels = F.pad((pixels - self.shift) / self.scale, (0, -width % self.multiple, 0, -height % self.multiple))
-        maps = self.trunk.forward_intermediates(pixels, indices=self.taps, norm=False, intermediates_only=True)
+        maps = self.trunk.forward_intermediates(
+            self.pixels(pixels), indices=self.taps, norm=False, intermediates_only=True
+        )
         if self.norms is None:
             return maps
         return [
@@ -131,18 +129,11 @@ class Pyramid(Backbone, Resizable):
         return None if own is None else _resized(name, tensor, own)
 
 
-def _create(timm: Any, model: str, pretrained: bool = False, **settings: Any) -> Any:
+def _create(timm: Any, model: str, **settings: Any) -> Any:
     try:
-        return timm.create_model(model, pretrained=pretrained, num_classes=0, **settings)
+        return timm.create_model(model, num_classes=0, **settings)
     except TypeError as error:
         raise ValueError(f"{model} cannot be made like that: {error}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the pretrained weights of {model} could not be fetched ({reason}); give `weights:` instead"
-        ) from error
 
 
 def _resized(name: str, tensor: Tensor, own: Tensor) -> Tensor | None:

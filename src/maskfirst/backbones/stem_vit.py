@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskfirst.backbones.vit import IMAGENET_MEAN, IMAGENET_STD, load_timm
+from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
+from maskfirst.backbones.timm_models import load_timm
 from maskfirst.contracts import Backbone, Resizable
 from maskfirst.frames import resize
 
@@ -90,14 +91,10 @@ class StemViT(Backbone, Resizable):
         self.strides = (4, 8, 16)
         self.mean = mean
         self.multiple = 16
-        self.shift: Tensor
-        self.scale: Tensor
-        self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.pixels = Pixels(mean, std, self.multiple)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _c _h _w"]]:
-        height, width = pixels.shape[-2:]
-        pixels = F.pad((pixels - self.shift) / self.scale, (0, -width % self.multiple, 0, -height % self.multiple))
+        pixels = self.pixels(pixels)
         # Bright pixels, normalised, would lose a grey level to bf16: that alone flips 0.3 % of an answer's pixels.
         with torch.autocast(pixels.device.type, enabled=False):
             half = self.stem4[0](pixels.contiguous(memory_format=torch.channels_last))

@@ -15,25 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
+from maskfirst.backbones.timm_models import load_timm, pretrained_model
 from maskfirst.contracts import Backbone, Resizable, Trunk
 from maskfirst.errors import UserError, nearest
 from maskfirst.frames import Size
-
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
-
-
-def load_timm() -> Any:
-    """timm, or one line that says why it cannot be imported."""
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        # A torchvision built for another torch breaks its own import, and timm's with it.
-        raise UserError(
-            f"timm cannot be imported ({error}): torchvision must be the one built for this torch "
-            f"({torch.__version__}); install both from the same index"
-        ) from error
-    return timm
 
 
 def resize_positions(table: Float[Tensor, "1 M D"], grid: Size, antialias: bool = False) -> Float[Tensor, "1 N D"]:
@@ -137,14 +123,7 @@ class TimmViT(Trunk, Resizable):
         registers = self.vit.reg_token is not None
         self.antialias = registers
         if pretrained:
-            try:
-                trained = timm.create_model(model, pretrained=True, num_classes=0, global_pool="")
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(
-                    f"the pretrained weights of {model} could not be fetched ({reason}); give `weights:` instead"
-                ) from error
-            self._start_from(trained)
+            self._start_from(pretrained_model(model, global_pool=""))
         if drop_path_on == "mlp":
             for block in self.vit.blocks:
                 block.drop_path1 = nn.Identity()
@@ -163,10 +142,7 @@ class TimmViT(Trunk, Resizable):
         self.zoom = zoom
         self.zoomed = 1.0
         self.mean = mean
-        self.shift: Tensor
-        self.scale: Tensor
-        self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.pixels = Pixels(mean, std, self.patch)
 
     def _start_from(self, trained: nn.Module) -> None:
         """Takes over the weights of a ViT of another size. timm would resize the positions with other bicubic weights."""
@@ -181,10 +157,7 @@ class TimmViT(Trunk, Resizable):
         self.vit.load_state_dict({name: theirs[name] for name in own})
 
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
-        height, width = pixels.shape[-2:]
-        pixels = (pixels - self.shift) / self.scale
-        pixels = F.pad(pixels, (0, -width % self.patch, 0, -height % self.patch))
-        maps = self.vit.patch_embed.proj(pixels)
+        maps = self.vit.patch_embed.proj(self.pixels(pixels))
         grid = (maps.shape[-2], maps.shape[-1])
         patches = maps.flatten(2).transpose(1, 2)
         table: Tensor | None = self.vit.pos_embed
