@@ -21,7 +21,7 @@ from maskfirst.frames import Size
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.segmenter import Inference, Segmenter
 from maskfirst.training import Training
-from maskfirst.types import TASKS, Vocabulary
+from maskfirst.types import Vocabulary
 
 MENUS: dict[type, dict[str, str]] = {
     Trunk: {"vit": "maskfirst.backbones.vit:TimmViT"},
@@ -103,10 +103,10 @@ class Experiment:
         recipes.check_keys(recipe.tree, KEYS, "", recipe.source)
         recipes.check_keys(self._section("data"), SPLITS, "data", recipe.source)
         self.task: str = self._leaf("task", str) or "semantic"
-        if self.task not in TASKS:
-            raise self._error(
-                f"task: unknown task '{self.task}'.{nearest(self.task, TASKS)} Known: {', '.join(TASKS)}."
-            )
+        try:
+            tasks.check_known(self.task)
+        except UserError as error:
+            raise self._error(f"task: {error}") from error
 
     @cached_property
     def size(self) -> Size | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from maskfirst import draw, tasks
 from maskfirst.contracts import Dataset, Metric, Scores
 from maskfirst.data.images import ImageError
-from maskfirst.errors import UserError, nearest
+from maskfirst.errors import UserError
 from maskfirst.formats.instances import Instances
 from maskfirst.metrics.ap import AveragePrecision
 from maskfirst.metrics.beside import Beside
@@ -152,18 +152,12 @@ def evaluate(
     )
 
 
-def require_known(task: str) -> None:
-    """Raises UserError where `task` is none."""
-    if task not in MEASURES:
-        raise UserError(f"unknown task '{task}'.{nearest(task, MEASURES)} Known: {', '.join(MEASURES)}.")
-
-
 def measure_of(task: str, vocabulary: Vocabulary, boundary: bool = False) -> Measure:
     """How `task` is scored; with `boundary`, which only the semantic one has, by boundary IoU, too.
 
     Raises UserError where the vocabulary has no things for it.
     """
-    require_known(task)
+    tasks.check_known(task)
     if task == "instance" and not vocabulary.things:
         raise UserError(
             "the vocabulary has no things, and instances are counted of things only; mark them with `thing: true`"

@@ -18,7 +18,7 @@ from maskfirst.data.cityscapes import instance_ids
 from maskfirst.data.images import read_label_map
 from maskfirst.data.vocabulary import from_names, load
 from maskfirst.errors import UserError, nearest
-from maskfirst.evaluate import Evaluation, measure_of, require_known
+from maskfirst.evaluate import Evaluation, measure_of
 from maskfirst.formats import rle
 from maskfirst.formats.coco import Key
 from maskfirst.formats.coco_instances import CocoInstances, Results
@@ -26,6 +26,7 @@ from maskfirst.formats.coco_panoptic import CocoPanoptic
 from maskfirst.formats.instances import Instances
 from maskfirst.frames import Size
 from maskfirst.predict import ahead
+from maskfirst.tasks import check_known
 from maskfirst.types import VOID, SegmentMap, Vocabulary
 
 Values = Literal["index", "ids"]
@@ -102,7 +103,7 @@ def score(
     Raises UserError.
     """
     start = time.perf_counter()
-    require_known(task)
+    check_known(task)
     truth, prediction = (_there(Path(path)) for path in (truth, prediction))
     if task == "semantic":
         vocabulary, known, guessed = _label_maps(truth, prediction, vocabulary, ignore, truth_values, prediction_values)

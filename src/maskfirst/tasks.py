@@ -47,10 +47,15 @@ class Thresholds:
             raise UserError(f"instances: {self.instances} must be at least 1; 100 is usual")
 
 
-def check_task(task: str, able: frozenset[str], vocabulary: Vocabulary) -> None:
-    """Raises where a model is asked for a task that its proposer, or its vocabulary, cannot do."""
+def check_known(task: str) -> None:
+    """Raises where `task` is none."""
     if task not in TASKS:
         raise UserError(f"unknown task '{task}'.{nearest(task, TASKS)} Known: {', '.join(TASKS)}.")
+
+
+def check_task(task: str, able: frozenset[str], vocabulary: Vocabulary) -> None:
+    """Raises where a model is asked for a task that its proposer, or its vocabulary, cannot do."""
+    check_known(task)
     if task not in able:
         raise UserError(f"this model cannot do the {task} task, only: {', '.join(sorted(able))}")
     if task == "instance" and not vocabulary.things:

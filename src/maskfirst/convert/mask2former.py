@@ -46,6 +46,17 @@ def _packed(match: str, to: str) -> list[Rule]:
     ]
 
 
+def _deformable(match: str, to: str) -> list[Rule]:
+    """A deformable attention, which all call alike."""
+    parts = {
+        "sampling_offsets": "offsets",
+        "attention_weights": "weights",
+        "value_proj": "value",
+        "output_proj": "output",
+    }
+    return _moves({rf"{match}\.{theirs}": f"{to}.{own}" for theirs, own in parts.items()})
+
+
 def _every_other(match: re.Match[str]) -> str:
     """Layers are counted alone there, and with the ReLUs between them here."""
     return f"{HEAD}mask_embed.{2 * int(match[1])}.{match['kind']}"
@@ -76,15 +87,12 @@ def _original() -> list[Rule]:
                 rf"{pixels}layer_1\.norm": f"{PIXELS}smooth.1",
                 rf"{pixels}layer_1": f"{PIXELS}smooth.0",
                 rf"{pixels}mask_features": f"{PIXELS}masks",
-                rf"{layer}self_attn\.sampling_offsets": f"{home}attention.offsets",
-                rf"{layer}self_attn\.attention_weights": f"{home}attention.weights",
-                rf"{layer}self_attn\.value_proj": f"{home}attention.value",
-                rf"{layer}self_attn\.output_proj": f"{home}attention.output",
                 rf"{layer}(norm[12])": rf"{home}\2",
                 rf"{layer}linear1": f"{home}expand",
                 rf"{layer}linear2": f"{home}contract",
             }
         ),
+        *_deformable(rf"{layer}self_attn", f"{home}attention"),
         *_packed(rf"{crosses}multihead_attn", f"{own}cross_attention"),
         *_packed(rf"{selves}self_attn", f"{own}self_attention"),
         Move(rf"{predictor}mask_embed\.layers\.(\d){_KIND}", _every_other),
@@ -121,16 +129,13 @@ def _mmseg() -> list[Rule]:
                 rf"{pixels}output_convs\.0\.conv": f"{PIXELS}smooth.0",
                 rf"{pixels}output_convs\.0\.gn": f"{PIXELS}smooth.1",
                 rf"{pixels}mask_feature": f"{PIXELS}masks",
-                rf"{layer}attentions\.0\.sampling_offsets": f"{home}attention.offsets",
-                rf"{layer}attentions\.0\.attention_weights": f"{home}attention.weights",
-                rf"{layer}attentions\.0\.value_proj": f"{home}attention.value",
-                rf"{layer}attentions\.0\.output_proj": f"{home}attention.output",
                 rf"{layer}norms\.0": f"{home}norm1",
                 rf"{layer}norms\.1": f"{home}norm2",
                 rf"{layer}ffns\.0\.layers\.0\.0": f"{home}expand",
                 rf"{layer}ffns\.0\.layers\.1": f"{home}contract",
             }
         ),
+        *_deformable(rf"{layer}attentions\.0", f"{home}attention"),
         *_packed(rf"{decoder}attentions\.0\.attn", f"{own}cross_attention"),
         *_packed(rf"{decoder}attentions\.1\.attn", f"{own}self_attention"),
         Move(rf"{head}query_feat\.weight", f"{HEAD}queries"),
@@ -162,16 +167,13 @@ def _transformers() -> list[Rule]:
                 rf"{pixels}adapter_1\.([01])": rf"{PIXELS}lateral.\1",
                 rf"{pixels}layer_1\.([01])": rf"{PIXELS}smooth.\1",
                 rf"{pixels}mask_projection": f"{PIXELS}masks",
-                rf"{layer}self_attn\.sampling_offsets": f"{home}attention.offsets",
-                rf"{layer}self_attn\.attention_weights": f"{home}attention.weights",
-                rf"{layer}self_attn\.value_proj": f"{home}attention.value",
-                rf"{layer}self_attn\.output_proj": f"{home}attention.output",
                 rf"{layer}self_attn_layer_norm": f"{home}norm1",
                 rf"{layer}final_layer_norm": f"{home}norm2",
                 rf"{layer}fc1": f"{home}expand",
                 rf"{layer}fc2": f"{home}contract",
             }
         ),
+        *_deformable(rf"{layer}self_attn", f"{home}attention"),
         *_packed(rf"{decoder}cross_attn", f"{own}cross_attention"),
         Move(rf"{module}decoder\.mask_predictor\.mask_embedder\.(\d)\.0{_KIND}", _every_other),
         Move(rf"{module}queries_features\.weight", f"{HEAD}queries"),
