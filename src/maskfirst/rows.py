@@ -24,6 +24,8 @@ class Rows:
     width: int
     fetch: Callable[[int, int], Float[Tensor, "K n W"]]
     """Rows first..last-1, to be read only: they may be a view of what they came from."""
+    run: int | None = None
+    """Rows that are made at once at the least cost each; None: any number."""
 
 
 def whole(scores: Float[Tensor, "K h w"]) -> Rows:
@@ -80,17 +82,17 @@ def crop(rows: Rows, size: Size) -> Rows:
     height, width = size
     if (rows.height, rows.width) == size:
         return rows
-    return Rows(height, width, lambda first, last: rows.fetch(first, last)[..., :width])
+    return Rows(height, width, lambda first, last: rows.fetch(first, last)[..., :width], rows.run)
 
 
 def flip(rows: Rows) -> Rows:
     """Mirrored left to right."""
-    return Rows(rows.height, rows.width, lambda first, last: rows.fetch(first, last).flip(-1))
+    return Rows(rows.height, rows.width, lambda first, last: rows.fetch(first, last).flip(-1), rows.run)
 
 
 def softmax(rows: Rows) -> Rows:
     """A softmax over K of every pixel."""
-    return Rows(rows.height, rows.width, lambda first, last: rows.fetch(first, last).softmax(0))
+    return Rows(rows.height, rows.width, lambda first, last: rows.fetch(first, last).softmax(0), rows.run)
 
 
 def mean(views: list[Rows]) -> Rows:

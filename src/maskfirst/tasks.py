@@ -124,25 +124,30 @@ def _mix(rows: Rows, proposals: Proposals, names: Names, image: int) -> Rows:
     share = names.joint[image].to(proposals.masks.dtype).T
     most = max(1, 2 * PIECE // (share.shape[1] * rows.width))
 
+    def piece(first: int, last: int) -> Tensor:
+        logits = rows.fetch(first, last)
+        inside = logits.softmax(0) if proposals.competing else logits.sigmoid()
+        return (share @ inside.to(share.dtype).flatten(1)).unflatten(1, logits.shape[1:])
+
     def fetch(first: int, last: int) -> Tensor:
-        scores = share.new_empty(len(share), last - first, rows.width)
         # As few pieces as fit, all of one size: enlarging makes the rows at their borders twice.
         step = math.ceil((last - first) / math.ceil((last - first) / most))
+        if step == last - first:
+            return piece(first, last)
+        scores = share.new_empty(len(share), last - first, rows.width)
         for start in range(first, last, step):
-            logits = rows.fetch(start, min(start + step, last))
-            inside = logits.softmax(0) if proposals.competing else logits.sigmoid()
-            mixed = (share @ inside.to(share.dtype).flatten(1)).unflatten(1, logits.shape[1:])
-            scores[:, start - first : start - first + step] = mixed
+            scores[:, start - first : start - first + step] = piece(start, min(start + step, last))
         return scores
 
-    return Rows(rows.height, rows.width, fetch)
+    return Rows(rows.height, rows.width, fetch, most)
 
 
 def semantic(scores: Rows, strip: int = 64) -> Segments:
-    """The class of every pixel by its largest score, strip by strip; a segment's score is the mean of its pixels'."""
+    """The class of every pixel by its largest score, `strip` rows at most at a time; a segment's score is its pixels' mean."""
     labels, best = [], []
-    for first in range(0, scores.height, strip):
-        value, index = scores.fetch(first, min(first + strip, scores.height)).max(0)
+    step = min(strip, scores.run or strip)
+    for first in range(0, scores.height, step):
+        value, index = scores.fetch(first, min(first + step, scores.height)).max(0)
         labels.append(index)
         best.append(value.float())
     found = torch.cat(labels)
