@@ -2,7 +2,6 @@
 
 import json
 import struct
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from maskfirst.data.augment import Pad, RandomCrop, RandomFlip, RandomScale
 from maskfirst.data.coco import COCOInstance, COCOPanoptic
 from maskfirst.data.coco_stuff import COCOStuff10K, COCOStuff164K
 from maskfirst.data.coding import Coding, DataError, Merged
-from maskfirst.data.components import Components
 from maskfirst.data.folder import Folder
 from maskfirst.data.images import ImageError, read_image, read_label_map
 from maskfirst.data.pascal_context import PascalContext
@@ -197,14 +195,13 @@ def test_other_formats_that_pillow_knows_are_refused(tmp_path: Path) -> None:
             read_image(tmp_path / "a.png")
 
 
-def test_huge_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+def test_huge_picture_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "huge.png"
     path.write_bytes(png((50_000, 50_000), 8, 2, bytes(1000)))
-    start = time.perf_counter()
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("its pixels were decoded"))
     for read in (read_image, read_label_map):
         with pytest.raises(ImageError, match=r"huge\.png: 50000 x 50000 px, more than the limit of 178 million"):
             read(path)
-    assert time.perf_counter() - start < 0.5
 
 
 def test_size_between_pillows_own_limits_is_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -676,21 +673,6 @@ def test_components_need_things_and_a_size(tmp_path: Path) -> None:
     assert len(Folder(str(tmp_path), instances="components")[0].truth) == 0
 
 
-def test_components_of_a_street_take_milliseconds() -> None:
-    labels = np.zeros((360, 480), np.uint8)
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        y, x = rng.integers(0, (320, 440))
-        labels[y : y + 30, x : x + 30] = rng.integers(8, 11)
-    coding, opening = Coding(load("camvid"), ignore=11), Components(load("camvid").things, 20)
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        opening.open(coding.decode(labels, Path("a.png")))
-        taken.append(time.perf_counter() - start)
-    assert min(taken) < 0.03
-
-
 # --- the layouts of the public data sets ---------------------------------------------------------------------------
 
 
@@ -818,16 +800,6 @@ def test_shapes_have_their_form(kind: str, area: float) -> None:
     inside = shapes._reach(kind, u, v) < 1
     assert inside.sum() * (2.4 / 399) ** 2 == pytest.approx(area, rel=0.02)
     assert np.hypot(u, v)[inside].max() <= 1.001
-
-
-def test_a_scene_takes_milliseconds() -> None:
-    data = Shapes()
-    taken = []
-    for index in range(20):
-        start = time.perf_counter()
-        data[index]
-        taken.append(time.perf_counter() - start)
-    assert min(taken) < 0.02
 
 
 def test_demo_is_read_by_the_folder_data_set_and_by_coco_tools(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import pickle
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -208,20 +207,6 @@ def test_thousands_of_segments_are_counted_without_a_table_of_all_pairs(monkeypa
 def test_maps_that_do_not_fit_are_refused(truth, guess, sentence):
     with pytest.raises(ValueError, match=sentence):
         PanopticQuality(VOCABULARY).update(truth, guess)
-
-
-def test_a_picture_is_counted_in_a_millisecond():
-    random = torch.Generator().manual_seed(0)
-    coarse = torch.randint(0, 40, (30, 40), generator=random, dtype=torch.int32)
-    ids = coarse.repeat_interleave(16, 0).repeat_interleave(16, 1)
-    truth, guess = (segments(each, [index % 5 for index in range(40)]) for each in (ids, ids.roll(3, 1)))
-    metric, seconds = PanopticQuality(VOCABULARY), []
-    for _ in range(9):
-        start = time.perf_counter()
-        metric.update(truth, guess)
-        seconds.append(time.perf_counter() - start)
-    # 480 x 640 px: about 0.6 ms alone on one core; 2 ms is what is promised, the rest is room for a busy machine.
-    assert min(seconds) < 4e-3
 
 
 if FIXTURES:
