@@ -1,7 +1,7 @@
 """Mask2Former: heads on given maps, in the original's and in mmseg's names; a whole one; a backbone; the operator."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         return {key: torch.from_numpy(archive[key]) for key in archive.files}
 
 
-class _Compared:
+class Compared:
     """The arrays of a fixture, each to be compared; what is left in the end is not covered."""
 
     def __init__(self, file: str, arrays: dict[str, Tensor]) -> None:
@@ -108,7 +108,7 @@ def _batch(model: Segmenter, height: int, width: int, pictures: int, truth: bool
 def _head(folder: Path, proposer: dict[str, Any], classes: int, inputs: list[str]) -> Iterator[Row]:
     """All that a head makes of given maps, and the same by the shorter way of inference."""
     arrays = read_arrays(folder / "io.npz")
-    compared = _Compared("io.npz", arrays)
+    compared = Compared("io.npz", arrays)
     weights = open_checkpoint(folder / "state.safetensors").tensors
     model = segmenter(proposer, classes, weights, "config.json")
     head = model.proposer
@@ -240,7 +240,7 @@ def end_to_end(folder: Path, path: Path) -> Iterator[Row]:
     things, stuff = told.need("things"), told.need("stuff")
     thresholds = tasks.Thresholds(told.need("object_mask_threshold"), told.need("overlap_threshold"), told.need("topk"))
     told.done()
-    compared = _Compared("io.npz", read_arrays(folder / "io.npz"))
+    compared = Compared("io.npz", read_arrays(folder / "io.npz"))
     count = sum(key.startswith("image") for key in compared.left)
     images = [compared.take(f"image{index}") for index in range(count)]
     homes = [tuple(compared.take(f"size{index}").tolist()) for index in range(count)]
@@ -270,7 +270,7 @@ def end_to_end(folder: Path, path: Path) -> Iterator[Row]:
 
 
 def _answers(
-    compared: _Compared,
+    compared: Compared,
     proposals: Proposals,
     names: Names,
     frames: Sequence[Frame],
@@ -315,7 +315,7 @@ def convnext(folder: Path, path: Path) -> Iterator[Row]:
     shapes = {f"proposer.backbone.{key}": tensor.shape for key, tensor in backbone.state_dict().items()}
     renamed = rename(weights, pyramids.CONVNEXT.rules(), shapes).tensors
     backbone.load_state_dict({key.removeprefix("proposer.backbone."): tensor for key, tensor in renamed.items()})
-    compared = _Compared("io.npz", read_arrays(folder / "io.npz"))
+    compared = Compared("io.npz", read_arrays(folder / "io.npz"))
     with torch.inference_mode():
         maps = backbone.eval()(compared.take("image"))
     for index, tapped in enumerate(maps):
@@ -338,7 +338,7 @@ def operator(folder: Path, path: Path) -> Iterator[Row]:
 
 
 def _operator(file: str, arrays: dict[str, Tensor]) -> Iterator[Row]:
-    compared = _Compared(file, arrays)
+    compared = Compared(file, arrays)
     sizes = [(height, width) for height, width in compared.take("spatial_shapes").tolist()]
     starts = [sum(height * width for height, width in sizes[:level]) for level in range(len(sizes))]
     yield equal(file, "level_start_index", compared.take("level_start_index").tolist(), starts)
@@ -366,7 +366,7 @@ def _operator(file: str, arrays: dict[str, Tensor]) -> Iterator[Row]:
 
 def _module(file: str, arrays: dict[str, Tensor], told: Mapping[str, Any]) -> Iterator[Row]:
     """With the projections around it, with and without a padding mask; and how its offsets begin."""
-    compared = _Compared(file, arrays)
+    compared = Compared(file, arrays)
     heads, levels, points = told["n_heads"], told["n_levels"], told["n_points"]
     begun = DeformableAttention(told["d_model"], heads, levels, points).offsets.bias
     yield compare(file, "init_sampling_offset_bias", begun, told["init_sampling_offset_bias"], Tolerance(atol=1e-6))
@@ -393,12 +393,3 @@ def _module(file: str, arrays: dict[str, Tensor], told: Mapping[str, Any]) -> It
         compared.take(f"w/{name}.weight")
         compared.take(f"w/{name}.bias")
     yield from compared.rest()
-
-
-KINDS: dict[str, Callable[[Path, Path], Iterator[Row]]] = {
-    "Mask2Former MaskFormerHead (pixel decoder + masked decoder)": original_head,
-    "Mask2FormerHead of the InternImage / ViT-P mmseg tree (weights named decode_head.*)": mmseg_head,
-    "tiny full Mask2Former (Swin backbone) end to end": end_to_end,
-    "OneFormer ConvNeXt backbone": convnext,
-}
-"""What a config.json says it is of -> what compares it, with io.npz and state.safetensors beside it."""

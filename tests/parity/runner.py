@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import mask2former
+from . import answers, mask2former, scores
 from .rows import Row, failed
 from .tables import FILES
 from .variant import variant
 
 PROSE = {".md", ".txt"}
+KINDS = {
+    "Mask2Former MaskFormerHead (pixel decoder + masked decoder)": mask2former.original_head,
+    "Mask2FormerHead of the InternImage / ViT-P mmseg tree (weights named decode_head.*)": mask2former.mmseg_head,
+    "tiny full Mask2Former (Swin backbone) end to end": mask2former.end_to_end,
+    "OneFormer ConvNeXt backbone": mask2former.convnext,
+    "post-processing": answers.post_processing,
+    "Hungarian matcher + set criterion": answers.criterion,
+}
+"""What a config.json says it is of -> what compares it, with io.npz and state.safetensors beside it."""
 
 
 def run(folder: Path) -> list[Row]:
@@ -42,7 +51,9 @@ def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
         return lambda folder, path: variant(folder, path.stem)
     if path.name == "meta.json" and mask2former.is_operator(told):
         return mask2former.operator
-    return mask2former.KINDS.get(told.get("kind", "")) if path.name == "config.json" else None
+    if path.name == "expected.json":
+        return scores.scores
+    return KINDS.get(told.get("kind", "")) if path.name == "config.json" else None
 
 
 def _told(path: Path) -> dict[str, Any]:
@@ -58,6 +69,8 @@ def _belonging(path: Path) -> set[str]:
     """The file itself and those that are read with it."""
     if path.name == "config.json":
         return {path.name, "io.npz", "state.safetensors"}
+    if path.name == "expected.json":
+        return {path.name, *scores.BESIDE, *(name for pair in scores.FILES.values() for name in pair)}
     if path.name == "meta.json":
         return {path.name, *(f"{case}.npz" for case in _told(path))}
     weights = (
