@@ -1,6 +1,7 @@
 """Finished runs of one recipe as a published result: `python -m bench.runs runs/a-0 runs/a-1 --out bench/results/a.json`.
 
-Each run's validation curve, minutes and seed, and its best weights scored on the recipe's test pictures.
+Each run's validation curve, minutes and seed, and its best weights scored on the recipe's test pictures: in the recipe's own
+task, and in all others that the model can do.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from rich.progress import track
 
 from maskfirst import build, weights
 from maskfirst.build import Experiment
-from maskfirst.evaluate import evaluate
+from maskfirst.evaluate import Evaluation, evaluate
 from maskfirst.files import write_json
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     given = parser.parse_args()
     found = [result(run) for run in track(given.runs, "scoring")]
     headline = found[0]["headline"]
-    tests = [run["test"][headline] for run in found]
+    tests = [run["test"]["means"][headline] for run in found]
     write_json(
         given.out,
         {
@@ -43,7 +44,8 @@ def result(run: Path) -> dict[str, Any]:
     told = json.loads((run / "scores.json").read_text(encoding="utf-8"))
     file = weights.read(run)
     experiment = Experiment(file.recipe, file.vocabulary)
-    test = evaluate(build.load(run), experiment.dataset("test"), experiment.task).as_json()
+    segmenter, pictures = build.load(run), experiment.dataset("test")
+    test = {task: _figures(evaluate(segmenter, pictures, task)) for task in sorted(segmenter.proposer.tasks)}
     training = file.recipe.tree["train"]
     headline = next(name for name in told["best"] if name != "step")
     return {
@@ -56,8 +58,14 @@ def result(run: Path) -> dict[str, Any]:
         "hardware": told["hardware"],
         "trend": told["trend"],
         "validation_curve": told["curve"],
-        "test": {key: value for key, value in test.items() if key not in ("worst", "failed", "seconds")},
+        "test": test.pop(experiment.task),
+        "test_in_other_tasks": test,
     }
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    told = {key: value for key, value in evaluation.as_json().items() if key not in ("worst", "failed", "seconds")}
+    return {"means": dict(evaluation.scores.means), **told}
 
 
 if __name__ == "__main__":
