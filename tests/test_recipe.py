@@ -384,7 +384,8 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load("shpes")
     assert str(caught.value) == (
-        f"no recipe 'shpes'. Did you mean 'shapes'? Bundled: {', '.join(recipe.names())}; or give the path of a .yaml file."
+        f"no recipe 'shpes'. Did you mean 'shapes'? `maskfirst recipes` lists the {len(recipe.names())} bundled ones; "
+        "or give the path of a .yaml file."
     )
     with pytest.raises(RecipeError) as caught:
         load(tmp_path / "shapes.yaml")

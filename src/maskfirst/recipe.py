@@ -393,7 +393,8 @@ def _locate(source: str | Path, beside: Path | None = None) -> tuple[Path, str]:
         path = _BUNDLED / f"{text}.yaml"
         if text not in names():
             raise RecipeError(
-                f"no recipe '{text}'.{nearest(text, names())} Bundled: {', '.join(names())}; or give the path of a .yaml file."
+                f"no recipe '{text}'.{nearest(text, names())} `maskfirst recipes` lists the {len(names())} bundled ones; "
+                "or give the path of a .yaml file."
             )
         return path, path.name
     path = Path(text) if beside is None else beside.parent / text
