@@ -123,7 +123,7 @@ def _by_strips(rows: Rows, strip: int = 5) -> Tensor:
     return torch.cat([rows.fetch(y, min(y + strip, rows.height)) for y in range(0, rows.height, strip)], 1)
 
 
-class _Replay:
+class Replay:
     """Hands out recorded points in their order; refuses where another number is asked for."""
 
     def __init__(self, recorded: list[Tensor]) -> None:
@@ -136,7 +136,7 @@ class _Replay:
         return found
 
 
-class _Watched:
+class Watched:
     """The assignment, with what it was given and what it gave, one call after another."""
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ def criterion(folder: Path, path: Path) -> Iterator[Row]:
     # In the order in which the losses are made, and the random numbers drawn.
     stages = ["final", *sorted({key.partition("_")[0] for key in compared.left if key.startswith("aux")})]
     kinds = [*(f"match_points_{image}" for image in range(len(truth))), "oversample_points", "random_points"]
-    draw, watched = _Replay([compared.take(f"{stage}_{kind}") for stage in stages for kind in kinds]), _Watched()
+    draw, watched = Replay([compared.take(f"{stage}_{kind}") for stage in stages for kind in kinds]), Watched()
     loss.draw, loss.assign = draw, watched
     total, leaves = torch.zeros(()), {}
     for stage in stages:

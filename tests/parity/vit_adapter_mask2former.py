@@ -1,0 +1,243 @@
+"""ViT-Adapter's Mask2Former: all that its head makes of a picture, by windows and by views, and its losses with gradients."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskfirst import tasks
+from maskfirst.convert.rename import Renamed
+from maskfirst.criteria.matched import Matched
+from maskfirst.criteria.points import uncertain
+from maskfirst.frames import Frame, Size, resize
+from maskfirst.proposers.mask2former import LEVELS, Mask2Former
+from maskfirst.rows import Rows, mean, softmax
+from maskfirst.segmenter import Segmenter
+from maskfirst.types import VOID, Batch, Segments
+
+from .answers import Replay, Watched
+from .mask2former import Compared, read_arrays
+from .rows import EXACT, Row, Tolerance, compare, equal, failed
+
+PROBABILITIES = Tolerance(atol=1e-5)
+LOSSES = Tolerance(atol=1e-6, rtol=1e-5)
+GRADIENTS = Tolerance(rtol=1e-3)
+
+
+def single(theirs: Tensor) -> Tolerance:
+    """What single precision may differ by, which is relative to the largest number."""
+    return Tolerance(atol=1e-4 * max(1.0, float(theirs.abs().max())))
+
+
+def batch(pixels: Tensor, truth: tuple[Segments, ...] | None) -> Batch:
+    """Pictures as they come, as canvases."""
+    size = (pixels.shape[-2], pixels.shape[-1])
+    frame = Frame(size, size, size)
+    return Batch(pixels, ("semantic",) * len(pixels), (frame,) * len(pixels), ("",) * len(pixels), truth)
+
+
+def nothing(pictures: int, size: Size) -> tuple[Segments, ...]:
+    """Truth without a segment, with which earlier guesses are made."""
+    empty = torch.zeros(0)
+    return (Segments(torch.zeros(0, *size).bool(), empty.long(), empty, empty.bool()),) * pictures
+
+
+def head(model: Segmenter, compared: Compared, picture: Tensor) -> Iterator[Row]:
+    """What the pixel decoder and every layer of the decoder give, and the semantic scores."""
+    proposer = model.proposer
+    assert isinstance(proposer, Mask2Former)
+    size = (picture.shape[-2], picture.shape[-1])
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output, key=f"{key}{index}": seen.__setitem__(key, output))
+        for key, layers in (("pixel_encoder_layer", proposer.pixel_decoder.layers), ("decoder_layer", proposer.layers))
+        for index, layer in enumerate(layers)
+    ]
+    given = batch(picture, nothing(len(picture), size))
+    with torch.inference_mode():
+        features, encoded = proposer.pixel_decoder(proposer.backbone(picture))
+        proposals, names = model(given)
+    for hook in hooks:
+        hook.remove()
+    yield _near(compared, "out/tap.pixel_decoder.0", features)
+    for index, each in enumerate(encoded):
+        yield _near(compared, f"out/tap.pixel_decoder.1.{index}", each)
+    for key, output in seen.items():
+        yield _near(compared, f"out/tap.{key}", output.transpose(0, 1))
+    guesses = [*proposals.earlier, proposals]
+    for index, guess in enumerate(guesses):
+        yield _near(compared, f"out/class_logits.{index}", model.namer(guess, given).logits)
+        yield _near(compared, f"out/mask_logits.{index}", guess.masks)
+        # The original's are told before rows that are blocked whole are opened.
+        blocked = compared.take(f"out/attn_mask.{index}").bool()
+        level = encoded[index % LEVELS]
+        shrunk = resize(features, (level.shape[-2], level.shape[-1])).flatten(2)
+        with torch.inference_mode():
+            open_ = proposer.seen(proposer.mask_embed(guess.queries), shrunk)[:, 0]
+        yield compare(compared.file, f"attn_mask.{index}", ~open_, blocked & ~blocked.all(-1, keepdim=True), EXACT)
+    for key, canvas in (("quarter", (proposals.masks.shape[-2], proposals.masks.shape[-1])), ("full", size)):
+        scores = [tasks.read_out(proposals, names, image, canvas, "names_first") for image in range(len(picture))]
+        yield _near(compared, f"out/semantic_{key}", torch.stack([rows.fetch(0, rows.height) for rows in scores]))
+
+
+def _near(compared: Compared, key: str, ours: Tensor) -> Row:
+    return (
+        compared.row(key, ours, single(compared.left[key]))
+        if key in compared.left
+        else failed(compared.file, key, "missing")
+    )
+
+
+def views(model: Segmenter, folder: Path) -> Iterator[Row]:
+    """By windows, with views averaged, and with padding cut off; by the model's own reading of pictures."""
+    told = json.loads((folder / "slide.json").read_text(encoding="utf-8"))
+    compared = Compared("slide.npz", read_arrays(folder / "slide.npz"))
+    home = _size(told["ori_shape"])
+    pictures = [compared.take(key)[0] for key in ("img", "img2")]
+    stated = (_size(told["crop_size"]), _size(told["stride"]))
+    yield equal("slide.json", "windows", (model.inference.window, model.inference.stride), stated)
+
+    def view(picture: Tensor, flipped: bool = False) -> Rows:
+        size = (picture.shape[-2], picture.shape[-1])
+        return model.view_scores(picture, Frame(home, size, size, flipped=flipped))
+
+    scores = view(pictures[0])
+    yield _near(compared, "out/slide_rescaled", scores.fetch(0, scores.height)[None])
+    likely = softmax(scores).fetch(0, scores.height)
+    yield compared.row("out/inference_prob", likely[None], PROBABILITIES)
+    yield compared.row("out/simple_pred", likely.argmax(0), EXACT)
+    every = mean([softmax(view(picture, flipped)) for picture in pictures for flipped in (False, True)])
+    average = every.fetch(0, every.height)
+    yield compared.row("out/aug_mean_prob", average[None], PROBABILITIES)
+    yield compared.row("out/aug_pred", average.argmax(0), EXACT)
+    yield from compared.rest()
+
+
+def unpadded(model: Segmenter, folder: Path) -> Iterator[Row]:
+    """Windows that run over padding, whose scores are cut off before the way home."""
+    told = json.loads((folder / "unpad.json").read_text(encoding="utf-8"))
+    compared = Compared("unpad.npz", read_arrays(folder / "unpad.npz"))
+    inner, outer, home = (_size(told[key]) for key in ("img_shape", "pad_shape", "ori_shape"))
+    picture = compared.take("img")[0]
+    yield equal("unpad.npz", "padding that is not 0", float(picture[:, inner[0] :].abs().max()), 0.0)
+    yield equal("unpad.npz", "padding on the right", inner[1], outer[1])
+    for key, flipped in (("unpadded_prob", False), ("unpadded_prob_flip", True)):
+        # There the same tensor is read as if it had been mirrored.
+        shown = picture[:, : inner[0]].flip(-1) if flipped else picture[:, : inner[0]]
+        rows = softmax(model.view_scores(shown, Frame(home, inner, outer, flipped=flipped)))
+        yield compared.row(f"out/{key}", rows.fetch(0, rows.height)[None], PROBABILITIES)
+    yield from compared.rest()
+
+
+def _size(sides: list[int]) -> Size:
+    return sides[0], sides[1]
+
+
+def losses(model: Segmenter, renamed: Renamed, picture: Tensor, folder: Path) -> Iterator[Row]:
+    """Every case: costs, matches, points, losses and gradients, with the recorded random points."""
+    told = json.loads((folder / "loss.json").read_text(encoding="utf-8"))
+    compared = Compared("loss.npz", read_arrays(folder / "loss.npz"))
+    for name, case in told["cases"].items():
+        yield from _case(model, renamed, picture, compared, name, case)
+    yield from compared.rest()
+
+
+def _case(
+    model: Segmenter, renamed: Renamed, picture: Tensor, compared: Compared, name: str, case: Mapping[str, Any]
+) -> Iterator[Row]:
+    labels = compared.take(f"{name}/gt_semantic_seg")
+    truth = tuple(Segments.from_label_map(one.masked_fill(one == 255, VOID)) for one in labels)
+    for image, segments in enumerate(truth):
+        yield compared.row(f"{name}/gt_labels.{image}", segments.classes, EXACT)
+    matching, assigned = (compared.take(f"{name}/{key}") for key in ("match_points", "assigned_gt"))
+    drawn = {
+        key: compared.take(f"{name}/{key}")
+        for key in ("oversampled_points", "random_points", "final_points")
+        if f"{name}/{key}" in compared.left
+    }
+    # The last guess is asked first here.
+    stages = [len(matching) - 1, *range(len(matching) - 1)]
+    criterion = model.criterion
+    assert isinstance(criterion, Matched)
+    points: list[Tensor] = []
+    for stage in stages:
+        points += [matching[stage, image][None] for image in range(len(truth))]
+        points += [drawn[key][stage] for key in ("oversampled_points", "random_points") if key in drawn]
+    replay, watched, ordinary = Replay(points), Watched(), (criterion.draw, criterion.assign)
+    criterion.draw, criterion.assign = replay, watched
+    model.zero_grad()
+    found = model.losses(batch(picture, truth))
+    total = torch.stack(list(found.values())).sum()
+    total.backward()
+    criterion.draw, criterion.assign = ordinary
+    yield equal("loss.npz", f"{name}, recorded points that were not asked for", len(replay.recorded), 0)
+    calls = {(stage, image): watched.seen.pop(0) for stage in stages for image in range(len(truth))}
+    for (stage, image), (costs, (queries, segments)) in sorted(calls.items()):
+        key = f"{name}/cost.layer{stage}.img{image}"
+        if key in compared.left:
+            theirs = compared.take(key).sum(0)
+            yield compare("loss.npz", key, costs, theirs, single(theirs))
+        ours = torch.full((assigned.shape[-1],), -1)
+        ours[queries] = segments
+        yield compare("loss.npz", f"{name}/assigned_gt, {stage}, {image}", ours, assigned[stage, image], EXACT)
+    if "final_points" in drawn:
+        yield from _points(model, picture, truth, calls, drawn, name, criterion)
+    expected = dict(case["losses"])
+    for key, value in found.items():
+        part, _, stage = key.partition("_")
+        foreign = f"decode.{f'd{stage}.' if stage else ''}loss_{'cls' if part == 'ce' else part}"
+        yield compare("loss.json", f"{name}, {foreign}", value, expected.pop(foreign), LOSSES)
+    yield equal("loss.json", f"{name}, losses that are not made", sorted(expected), [])
+    yield compare("loss.json", f"{name}, total", total, case["total"], LOSSES)
+    yield from _gradients(model, renamed, compared, case, name)
+
+
+def _points(
+    model: Segmenter,
+    picture: Tensor,
+    truth: tuple[Segments, ...],
+    calls: Mapping[tuple[int, int], Any],
+    drawn: Mapping[str, Tensor],
+    name: str,
+    criterion: Matched,
+) -> Iterator[Row]:
+    """Where the losses look: those least certain, in any order, and some at random."""
+    with torch.no_grad():
+        proposals, _ = model(batch(picture, truth))
+    for stage, guess in enumerate((*proposals.earlier, proposals)):
+        chosen = torch.cat([guess.masks[image][calls[stage, image][1][0]] for image in range(len(truth))])[:, None]
+        draw = Replay([drawn[key][stage] for key in ("oversampled_points", "random_points")])
+        ours = uncertain(chosen, criterion.points, criterion.oversample, criterion.importance, draw)
+        theirs = drawn["final_points"][stage]
+        yield compare("loss.npz", f"{name}/final_points, {stage}", _sorted(ours), _sorted(theirs), EXACT)
+
+
+def _sorted(points: Tensor) -> Tensor:
+    """The points of each mask by their x, which are all different."""
+    return points.gather(1, points[..., :1].argsort(1).expand_as(points))
+
+
+def _gradients(
+    model: Segmenter, renamed: Renamed, compared: Compared, case: Mapping[str, Any], name: str
+) -> Iterator[Row]:
+    own = dict(model.named_parameters())
+    for foreign, length in case["grad_l2"].items():
+        parts = [_gradient(own[key]) for key in renamed.homes[foreign]]
+        together = torch.cat([part.flatten() for part in parts]).double()
+        # Those that the loss does not reach are exactly 0 there, and only nearly so in single precision.
+        tiny = Tolerance(atol=1e-6, rtol=GRADIENTS.rtol)
+        yield compare("loss.json", f"{name}, grad_l2 {foreign}", together.norm(), length, tiny)
+        room = Tolerance(atol=1e-6 + GRADIENTS.rtol * length)
+        yield compare("loss.json", f"{name}, grad_sum {foreign}", together.sum(), case["grad_sum"][foreign], room)
+        key = f"grad/{foreign}"
+        if name == "normal" and key in compared.left:
+            theirs = compared.take(key)
+            room = Tolerance(atol=GRADIENTS.rtol * float(theirs.abs().max()))
+            yield compare("loss.npz", key, torch.cat(parts).view_as(theirs), theirs, room)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
