@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import mask2former
+from . import mask2former, tables, vit_adapter_settings
 from .rows import Row, failed
-from .tables import FILES
 from .variant import variant
 
 PROSE = {".md", ".txt"}
+FILES = tables.FILES | vit_adapter_settings.FILES
 
 
 def run(folder: Path) -> list[Row]:
