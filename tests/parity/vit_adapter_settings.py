@@ -1,22 +1,23 @@
 """ViT-Adapter but for its network: how pictures are laid, what labels mean, the colours, and what steps the weights."""
 
-import gzip
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from maskfirst import recipe as recipes
+from maskfirst.data.coco_stuff import COCOStuff164K
+from maskfirst.data.coding import UNKNOWN, Code
+from maskfirst.data.folder import Folder, Paired
+from maskfirst.data.mapillary import MapillaryAsCityscapes
+from maskfirst.data.vocabulary import load
 from maskfirst.frames import Frame
 from maskfirst.segmenter import Inference
+from maskfirst.types import VOID
 
 from .foreign import NotCoveredError, Settings
-from .rows import Row, equal
-
-
-def read_json(path: Path) -> Any:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-        return json.load(file)
+from .rows import Row, equal, failed
+from .tables import read_json
 
 
 def inference(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +98,77 @@ def _told(view: Frame, windows: Sequence[Frame]) -> dict[str, Any]:
     }
 
 
+VOCABULARIES = {
+    "ADE20KDataset": "ade20k",
+    "COCOStuffDataset": "coco_stuff_171",
+    "ChaseDB1Dataset": "chase_db1",
+    "CityscapesDataset": "cityscapes",
+    "MapillaryDataset": "mapillary_vistas",
+    "PascalContextDataset59": "pascal_context_59",
+    "PotsdamDataset": "potsdam",
+}
+
+
+def palettes(folder: Path, path: Path) -> Iterator[Row]:
+    """Names and colours of the bundled vocabularies."""
+    for name, told in read_json(path).items():
+        if name not in VOCABULARIES:
+            raise NotCoveredError(f"classes of {name}")
+        words = load(VOCABULARIES[name])
+        names, colors = [*words.names], [list(color) for color in words.colors]
+        if name == "MapillaryDataset":
+            # A class there, and none here.
+            names, colors = [*names, "Unlabeled"], [*colors, [0, 0, 0]]
+        yield equal(path.name, f"{name}: names", names, [each.strip() for each in told["classes"]])
+        yield equal(path.name, f"{name}: colours", colors, told["palette"])
+
+
+def label_tables(folder: Path, path: Path) -> Iterator[Row]:
+    """What numbers in label maps mean. Those beyond Mapillary's are errors here, and road in the original."""
+    tables = read_json(path)
+    words = [f"class {index}" for index in range(254)]
+    code = _code(lambda root: Folder(root, vocabulary=words, shift=-1), "images/train", "annotations/train")
+    reduced = tables.pop("reduce_zero_label_lut")
+    yield equal(path.name, "reduce_zero_label_lut", _classes(code, range(256)), reduced)
+    code = _code(MapillaryAsCityscapes, "training/images", "training/labels")
+    streets = tables.pop("mapillary_to_cityscapes_trainid_lut")
+    streets[66:] = [UNKNOWN] * len(streets[66:])
+    yield equal(path.name, "mapillary_to_cityscapes_trainid_lut", _classes(code, range(256)), streets)
+    for name in tables:
+        yield failed(path.name, name, "not covered")
+
+
+def coco_stuff(folder: Path, path: Path) -> Iterator[Row]:
+    """COCO-Stuff's categories and its classes; label maps of the 10 thousand hold classes from 1 on, 0 being none."""
+    tables = read_json(path)
+    ids = load("coco_stuff_171").ids
+    ours = {"0": 0} | {str(category): index for index, category in enumerate(ids, start=1)}
+    yield equal(path.name, "coco_stuff10k", ours, tables.pop("coco_stuff10k"))
+    code = _code(COCOStuff164K, "train2017", "stuffthingmaps/train2017")
+    table = tables.pop("coco_stuff164k")
+    yield equal(path.name, "coco_stuff164k", _classes(code, map(int, table)), [*table.values()])
+    for name in tables:
+        yield failed(path.name, name, "not covered")
+
+
+def _code(data: Callable[[str], Paired], images: str, labels: str) -> Code:
+    """What a data set takes the numbers in its label maps for."""
+    with TemporaryDirectory() as root:
+        for place in (images, labels):
+            Path(root, place).mkdir(parents=True)
+            Path(root, place, "a.png").touch()
+        return data(root).coding
+
+
+def _classes(code: Code, numbers: Iterable[int]) -> list[int]:
+    """The class of each number, 255 for none, as the originals have it."""
+    return [255 if meaning == VOID else meaning for meaning in map(code.meaning, numbers)]
+
+
 FILES = {
     r"test_resize_and_windows.*\.json": test_geometry,
+    r"classes_palettes.*\.json": palettes,
+    r"label_luts.*\.json": label_tables,
+    r"coco_stuff_raw_to_train_id.*\.json": coco_stuff,
 }
 """File name -> what compares it."""
