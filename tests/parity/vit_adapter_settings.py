@@ -1,23 +1,30 @@
 """ViT-Adapter but for its network: how pictures are laid, what labels mean, the colours, and what steps the weights."""
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import nn
+
 from maskfirst import recipe as recipes
+from maskfirst.convert.rename import Rule, destinations
 from maskfirst.data.coco_stuff import COCOStuff164K
 from maskfirst.data.coding import UNKNOWN, Code
 from maskfirst.data.folder import Folder, Paired
 from maskfirst.data.mapillary import MapillaryAsCityscapes
 from maskfirst.data.vocabulary import load
 from maskfirst.frames import Frame
+from maskfirst.optim import Schedule
 from maskfirst.segmenter import Inference
+from maskfirst.training import Training
 from maskfirst.types import VOID
 
 from .foreign import NotCoveredError, Settings
-from .rows import Row, equal, failed
-from .tables import read_json
+from .rows import Row, compare, equal, failed
+from .tables import RATES, read_json, same_groups
 
 
 def inference(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +72,123 @@ def inference(config: Mapping[str, Any]) -> dict[str, Any]:
     section |= {"window": windows.need("crop_size"), "stride": windows.need("stride")}
     windows.done()
     return section
+
+
+def augment(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The section `augment` of a recipe that changes training samples as a config of the original's does."""
+    mean = [round(value) for value in config["train_norm"]["mean"]]
+    section: list[dict[str, Any]] = []
+    for content in config["train_pipeline"]:
+        step = Settings(content, "train_pipeline")
+        kind = step.need("type")
+        if kind == "Resize":
+            low, high = step.need("ratio_range")
+            scale = step.need("img_scale")
+            section.append(
+                {"kind": "scale", "low": low, "high": high, "fit": {"long": max(scale), "short": min(scale)}}
+            )
+        elif kind == "RandomCrop":
+            size, most = step.need("crop_size"), step.need("cat_max_ratio")
+            section.append({"kind": "crop", "size": size, "most": most, "tries": 10})
+        elif kind == "RandomFlip":
+            section.append({"kind": "flip", "p": step.need("prob")})
+        elif kind == "PhotoMetricDistortion":
+            section.append({"kind": "photometric"})
+        elif kind == "Pad":
+            step.only("pad_val", 0)
+            step.only("seg_pad_val", 255)
+            section.append({"kind": "pad", "size": step.need("size"), "fill": mean})
+        elif kind == "LoadAnnotations":
+            # What label maps mean is the data set's here.
+            step.take("reduce_zero_label", None)
+        elif kind == "Collect":
+            step.take("keys", None)
+        elif kind not in ("LoadImageFromFile", "MapillaryHack", "Normalize", "ToMask", "DefaultFormatBundle"):
+            raise NotCoveredError(f"train_pipeline: {kind}")
+        step.done()
+    return section
+
+
+TRUNK = r"proposer\.backbone\.trunk\..*"
+SLOWEST = r"proposer\.(queries|positions|level_embed|mask_embed\..*)|namer\..*"
+"""What of a Mask2Former learns as slowly as the embeddings of its trunk."""
+
+
+def train(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `train` of a recipe that steps the weights as a config of the original's does."""
+    optimizer = Settings(config["optimizer"], "optimizer")
+    optimizer.only("type", "AdamW")
+    how = Settings(optimizer.take("paramwise_cfg", {}), "paramwise_cfg")
+    if optimizer.take("constructor", None) == "LayerDecayOptimizerConstructor":
+        rule: dict[str, Any] = {"match": TRUNK, "layer_decay": how.need("layer_decay_rate")}
+        if config["head"]["type"] == "Mask2FormerHead":
+            rule |= {"match": f"{TRUNK}|{SLOWEST}", "first": SLOWEST}
+        groups = [{"match": ".*", "dims": 1, "decay": 0.0}, rule]
+        how.only("num_layers", config["backbone"].get("depth", 12))
+    else:
+        still = {"decay_mult": 0.0}
+        how.only(
+            "custom_keys",
+            dict.fromkeys(("level_embed", "pos_embed", "norm", "bias"), still) | {"head": {"lr_mult": 10.0}},
+        )
+        groups = [
+            {"match": r".*\.bias", "lr": 1.0, "decay": 0.0},
+            {"match": r"proposer\.(?!backbone\.).*", "lr": 10.0},
+            {"match": r"proposer\.backbone\.(level_embed|.*pos_embed|.*norm.*)", "decay": 0.0},
+        ]
+    how.done()
+    rates = {"lr": optimizer.need("lr"), "decay": optimizer.need("weight_decay"), "betas": optimizer.need("betas")}
+    optimizer.done()
+    schedule = Settings(config["lr_config"], "lr_config")
+    for key, value in (("policy", "poly"), ("warmup", "linear"), ("min_lr", 0.0), ("by_epoch", False)):
+        schedule.only(key, value)
+    steps = config["max_iters"]
+    power, rising, start = (schedule.need(key) for key in ("power", "warmup_iters", "warmup_ratio"))
+    schedule.done()
+    # A config does not say on how many GPUs it was run.
+    gpus = {896: 16, 128: 4}.get(config["test_cfg"]["crop_size"][0], 8)
+    return {
+        "steps": steps,
+        "batch": gpus * config["samples_per_gpu"],
+        "optimizer": {"kind": "adamw", **rates},
+        "groups": groups,
+        "schedule": {"power": power, "warmup": rising / steps, "warmup_ratio": start},
+        "evaluate_every": config["eval_interval"] / steps,
+    }
+
+
+def poly_warmup(folder: Path, path: Path) -> Iterator[Row]:
+    """The rate at some steps of every length of training that there is, as the configs of that length and rate have it."""
+    configs = read_json(folder.parent / "manifests" / "config_summary.json.gz").values()
+    for case, samples in read_json(path).items():
+        match = re.fullmatch(r"base(.+)_max(\d+)", case)
+        if match is None:
+            raise NotCoveredError(f"schedule {case}")
+        rate, steps = float(match[1]), int(match[2])
+        like = [each for each in configs if (each["optimizer"]["lr"], each["max_iters"]) == (rate, steps)]
+        sections = {json.dumps(train(each)["schedule"]) for each in like}
+        yield equal(path.name, f"{case}: schedules", len(sections), 1)
+        for section in sections:
+            schedule = recipes.construct(json.loads(section), Schedule, menus={}, where="schedule", source=path.name)
+            ours = [rate * schedule.factor(step, steps) for step, _ in samples]
+            yield compare(path.name, case, ours, [told for _, told in samples], RATES)
+
+
+def rates_and_decays(
+    file: str,
+    told: Mapping[str, Any],
+    training: Training,
+    parameters: Mapping[str, nn.Parameter],
+    rules: Iterable[Rule],
+) -> Iterator[Row]:
+    """Rows for one file of `optim`: the rate and the weight decay of every parameter. `rules`: theirs to ours."""
+    if told["columns"] != ["lr multiplier", "weight decay"]:
+        raise NotCoveredError(f"{file}: columns {told['columns']}")
+    name, rate = told["config"], told["base_lr"]
+    ours = [training.optimizer.lr, training.optimizer.decay]
+    yield equal(file, f"{name}: optimizer", ours, [rate, told["base_weight_decay"]])
+    rates = {key: (factor * rate, decay) for key, (factor, decay) in told["params"].items()}
+    yield from same_groups(file, name, rates, destinations(rates, rules), training, parameters)
 
 
 def test_geometry(folder: Path, path: Path) -> Iterator[Row]:
@@ -170,5 +294,6 @@ FILES = {
     r"classes_palettes.*\.json": palettes,
     r"label_luts.*\.json": label_tables,
     r"coco_stuff_raw_to_train_id.*\.json": coco_stuff,
+    r"poly_warmup.*\.json": poly_warmup,
 }
 """File name -> what compares it."""
