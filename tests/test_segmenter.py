@@ -159,6 +159,16 @@ def test_whole_pictures_and_windows_exclude_each_other() -> None:
         Inference(window=(8, 8), stride=(8, 8), order="masks_home")
 
 
+def test_double_precision_goes_all_the_way() -> None:
+    model, _ = blobs(
+        Inference(Fit(short=50), window=(48, 48), stride=(32, 32), multiple=1, scales=(1.0, 1.5), flip=True)
+    )
+    single = model.scores(IMAGE, augment=True).fetch(0, SIZE[0])
+    double = model.double().scores(IMAGE.double(), augment=True).fetch(0, SIZE[0])
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("fill", ["mean", "black"])
 def test_scores_of_padding_are_cut_off_before_they_come_home(fill: Literal["mean", "black"]) -> None:
     """Windows run over the padded picture, as they would over one that came so."""

@@ -122,7 +122,7 @@ class Frame:
 
     def resized(self, image: Shaped[Tensor, "C H W"]) -> Float[Tensor, "C H2 W2"]:
         """The picture at the frame's inner size, mirrored if the frame is."""
-        picture = resize(image.float(), self.inner)
+        picture = resize(image.to(torch.promote_types(image.dtype, torch.float32)), self.inner)
         return picture.flip(-1) if self.flipped else picture
 
     def cut(self, picture: Float[Tensor, "C H W"], fill: Sequence[float] = (0.0, 0.0, 0.0)) -> Float[Tensor, "C H2 W2"]:
