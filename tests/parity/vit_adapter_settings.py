@@ -43,6 +43,9 @@ def inference(config: Mapping[str, Any]) -> dict[str, Any]:
         "flip": test.need("flip"),
         "average": "softmax",
     }
+    if config["head"]["type"] == "Mask2FormerHead":
+        # Its masks are mixed into scores at their own size, and those are enlarged to the window.
+        section["order"] = "names_first"
     normalised = False
     for content in test.need("transforms"):
         step = Settings(content, "transforms")
