@@ -11,7 +11,7 @@ from maskfirst.contracts import Dataset
 from maskfirst.data.check import check
 from maskfirst.data.cityscapes import Cityscapes, CityscapesInstance, CityscapesPanoptic
 from maskfirst.data.coding import DataError
-from maskfirst.data.mapillary import Mapillary, MapillaryInstance
+from maskfirst.data.mapillary import Mapillary, MapillaryAsCityscapes, MapillaryInstance
 from maskfirst.data.vocabulary import load
 from maskfirst.tasks import targets
 from maskfirst.types import VOID
@@ -161,3 +161,34 @@ def test_mapillary(tmp_path: Path, inside: str) -> None:
     save(tmp_path / f"training/{inside}instances/a.png", ids)
     with pytest.raises(DataError, match=r"value 16896 at \(y 3, x 3\) is no class: 65 classes as label \* 256"):
         MapillaryInstance(str(tmp_path))[0]
+
+
+def write_mapillary(root: Path, part: str, name: str, labels: list[int]) -> None:
+    save(root / part / "images" / f"{name}.jpg", np.zeros((1, len(labels), 3), np.uint8))
+    save(root / part / "labels" / f"{name}.png", np.array([labels], np.uint8))
+
+
+def test_mapillary_as_cityscapes(tmp_path: Path) -> None:
+    """Riders of all kinds are one class, what Cityscapes lacks has none, and a number beyond Mapillary's is an error."""
+    names = load("mapillary_vistas").names
+    here = ["Road", "Manhole", "Other Rider", "Bicyclist", "On Rails", "Bird", "Ego Vehicle"]
+    write_mapillary(tmp_path, "training", "a", [*map(names.index, here), 65])
+    data = MapillaryAsCityscapes(str(tmp_path))
+    assert data.vocabulary == load("cityscapes")
+    sample = data[0]
+    assert [data.vocabulary.names[index] for index in sample.classes] == ["road", "rider", "train"]
+    assert sample.ids[0, 0].tolist() == [0, 0, 1, 1, 2, VOID, VOID, VOID]
+    write_mapillary(tmp_path, "training", "a", [13, 66])
+    with pytest.raises(DataError, match=r"value 66 at \(y 0, x 1\) is no class"):
+        MapillaryAsCityscapes(str(tmp_path))[0]
+
+
+@pytest.mark.parametrize("kind", [Mapillary, MapillaryAsCityscapes])
+def test_mapillary_may_be_trained_on_whole(tmp_path: Path, kind: type[Mapillary] | type[MapillaryAsCityscapes]) -> None:
+    for part, name in (("training", "b"), ("training", "a"), ("validation", "a")):
+        write_mapillary(tmp_path, part, name, [13])
+    assert list(kind(str(tmp_path), "trainval").keys()) == ["training/a", "training/b", "validation/a"]
+    assert list(kind(str(tmp_path), "trainval", limit=1).keys()) == ["training/a"]
+    assert list(kind(str(tmp_path), "val").keys()) == ["a"]
+    with pytest.raises(DataError, match=r"no split 'trainvl'\. Did you mean 'trainval'\? Known: train, val, trainval"):
+        kind(str(tmp_path), "trainvl")

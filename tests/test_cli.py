@@ -171,12 +171,36 @@ def test_predict_writes_maps_overlays_and_shares(run: Run, trained: Path, demo: 
     )
 
 
-def test_predict_takes_colours_by_name(run: Run, trained: Path, demo: Path) -> None:
-    Path("colors.yaml").write_text("[{name: sky, color: [1, 2, 3]}, {name: sea, color: [9, 9, 9]}]\n")
+def painted(run: Run, trained: Path, demo: Path, colors: str) -> set[tuple[int, ...]]:
+    """The colours in the palette of a label map of a prediction."""
     picture = next((demo / "images").rglob("*.jpg"))
-    assert run("predict", trained, picture, "--out", "a", "--colors", "colors.yaml").code == 0
-    Path("foreign.yaml").write_text("[{name: pavement}]\n")
-    assert "none of the model's names" in run("predict", trained, picture, "--out", "a", "--colors", "foreign.yaml").err
+    assert run("predict", trained, picture, "--out", "a", "--colors", colors, "--opacity", 0.5).code == 0
+    with Image.open(next(Path("a/labels").rglob("*.png"))) as labels:
+        palette = labels.getpalette() or []
+    return {tuple(palette[start : start + 3]) for start in range(0, 21, 3)}
+
+
+def test_predict_takes_colours_by_name_or_in_order(run: Run, trained: Path, demo: Path) -> None:
+    Path("colors.yaml").write_text("[{name: sky, color: [1, 2, 3]}, {name: sea, color: [9, 9, 9]}]\n")
+    assert (1, 2, 3) in painted(run, trained, demo, "colors.yaml")
+    assert (9, 9, 9) not in painted(run, trained, demo, "colors.yaml")
+    seven = [f"{{name: c{index}, color: [{index}, 5, 6]}}" for index in range(7)]
+    Path("seven.yaml").write_text(f"[{', '.join(seven)}]\n")
+    assert painted(run, trained, demo, "seven.yaml") == {(index, 5, 6) for index in range(7)}
+
+
+def test_colours_that_cannot_be_taken_are_one_line(run: Run, trained: Path, demo: Path) -> None:
+    def refused(colors: str) -> str:
+        found = run("predict", trained, next((demo / "images").rglob("*.jpg")), "--out", "a", "--colors", colors)
+        assert found.code == 2
+        assert found.err.count("\n") == 1
+        return found.err
+
+    Path("six.yaml").write_text("[a, b, c, d, e, f]\n")
+    assert "--colors six.yaml: 6 colours by other names than the model's 7 classes (sky, " in refused("six.yaml")
+    assert "Did you mean 'ade20k'?" in refused("ade20")
+    assert "Did you mean 'coco_stuff_171'?" in refused("coco_stuff")
+    assert "Did you mean 'pascal_context_" in refused("pascal_context")
 
 
 def test_predict_names_a_broken_file_and_does_the_rest(run: Run, trained: Path, demo: Path) -> None:

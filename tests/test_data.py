@@ -282,6 +282,8 @@ def test_numbers_beyond_sixteen_bits_are_an_error(tmp_path: Path) -> None:
         ("coco_80", 80, 80, {0: "person", 79: "toothbrush"}),
         ("coco_133", 133, 80, {79: "toothbrush", 80: "banner", 132: "rug-merged"}),
         ("mapillary_vistas", 65, 37, {0: "Bird", 64: "Ego Vehicle"}),
+        ("potsdam", 6, 0, {0: "impervious_surface", 5: "clutter"}),
+        ("chase_db1", 2, 0, {0: "background", 1: "vessel"}),
         ("camvid", 11, 3, {0: "Sky", 3: "Road", 10: "Bicyclist"}),
         ("shapes", 7, 4, {0: "sky", 6: "star"}),
     ],
@@ -307,6 +309,8 @@ def test_all_bundled_vocabularies_are_tested() -> None:
         "pascal_context_59",
         "pascal_context_60",
         "camvid",
+        "chase_db1",
+        "potsdam",
         "shapes",
     }
 
@@ -752,6 +756,22 @@ def test_pascal_context(tmp_path: Path, classes: int, wanted: list[int]) -> None
         PascalContext(str(tmp_path), "train", classes)
     with pytest.raises(DataError, match=r"trian\.txt: the list"):
         PascalContext(str(tmp_path), "trian", classes)
+
+
+def test_potsdam_and_chase_by_folder(tmp_path: Path) -> None:
+    """Layouts that need no kind of their own, with the keys that docs/datasets.md tells."""
+    labels = np.array([[0, 1, 6, 255]], np.uint8)
+    save(tmp_path / "img_dir/val/2_10_0.png", np.zeros((1, 4, 3), np.uint8))
+    save(tmp_path / "ann_dir/val/2_10_0.png", labels)
+    keys = {"images": "img_dir/{split}", "labels": "ann_dir/{split}", "vocabulary": "potsdam", "shift": -1}
+    sample = Folder(str(tmp_path), split="val", **keys)[0]
+    assert sample.classes[sample.ids[0, 0, 1:3].long()].tolist() == [0, 5]
+    assert sample.ids[0, 0, [0, 3]].tolist() == [VOID, VOID]
+    save(tmp_path / "images/training/Image_01L.png", np.zeros((1, 2, 3), np.uint8))
+    save(tmp_path / "annotations/training/Image_01L_1stHO.png", np.array([[0, 1]], np.uint8))
+    keys = {"images": "images/training", "labels": "annotations/training", "ending": "_1stHO.png"}
+    sample = Folder(str(tmp_path), vocabulary="chase_db1", **keys)[0]
+    assert sample.ids[0, 0].tolist() == sample.classes.tolist() == [0, 1]
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from maskfirst.frames import Fit, Frame, resize
 
 
 @pytest.mark.parametrize("original", [(40, 64), (37, 61), (64, 17)])
-@pytest.mark.parametrize("fit", [Fit(), Fit(long=80, short=50), Fit(short=30, least=48)])
+@pytest.mark.parametrize("fit", [Fit(), Fit(long=80, short=50), Fit(short=30, least=48), Fit(long=80, round_up=32)])
 @pytest.mark.parametrize("multiple", [1, 16])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_restore_undoes_apply(original: tuple[int, int], fit: Fit, multiple: int, flipped: bool) -> None:
@@ -33,6 +33,33 @@ def test_padding_is_the_fill() -> None:
     assert canvas[:, 3, 0].tolist() == [1.0, 2.0, 3.0]
     assert canvas[:, 0, 7].tolist() == [1.0, 2.0, 3.0]
     assert canvas[:, :3, :5].abs().sum() == 0
+
+
+def test_both_sides_are_rounded_up_after_the_limits() -> None:
+    assert Fit(long=2048, short=512, round_up=32).size((512, 683)) == (512, 704)
+    assert Fit(short=520, least=480, round_up=32).size((333, 500), 0.5) == (480, 736)
+    assert Fit(round_up=32).size((64, 65)) == (64, 96)
+    assert Fit(round_up=32).size((64, 65), 0.75) == (64, 64)
+    with pytest.raises(ValueError, match="round_up: 0 must be at least 1"):
+        Fit(round_up=0)
+
+
+@pytest.mark.parametrize(
+    ("inner", "rows", "columns"),
+    [((40, 50), [0], [0]), ((64, 80), [0], [0, 16]), ((90, 30), [0, 26], [0]), ((20, 200), [0], [0, 43, 86, 129, 136])],
+)
+def test_windows_run_over_the_padding(inner: tuple[int, int], rows: list[int], columns: list[int]) -> None:
+    view = Frame.fit(inner, pad=64)
+    assert view.outer == (max(inner[0], 64), max(inner[1], 64))
+    found = view.windows((64, 64), (43, 43), pad=64)
+    assert [[window.origin for window in row] for row in found] == [[(y, x) for x in columns] for y in rows]
+    assert {window.outer for row in found for window in row} == {(64, 64)}
+
+
+def test_windows_of_padding_alone_are_left_out() -> None:
+    found = Frame.fit((40, 100), pad=200).windows((64, 64), (43, 43), pad=200)
+    assert [[window.origin for window in row] for row in found] == [[(0, 0), (0, 43), (0, 86)]]
+    assert [window.visible for window in found[0]] == [(40, 64), (40, 57), (40, 14)]
 
 
 @pytest.mark.parametrize("inner", [(70, 100), (64, 64), (40, 130), (30, 20)])

@@ -83,6 +83,27 @@ def test_early_layers_learn_slower() -> None:
     assert [found[name][0] for name in names] == [2 * 0.5**3, 2 * 0.5**3, 2 * 0.5**2, 2 * 0.5, 2.0, 2.0]
 
 
+def test_some_learn_as_slowly_as_the_embeddings_wherever_they_lie() -> None:
+    names = ["vit.pos_embed", "vit.blocks.0.a", "vit.blocks.1.a", "head.queries", "head.a", "name.a"]
+    rules = [Group(r"vit\..*|head\.queries|name\..*", layer_decay=0.5, first=r"head\..*|name\..*")]
+    found = settings_of(parameter_groups(named(*names), Optimizer(lr=1.0), rules))
+    assert [found[name][0] for name in names] == [0.5**3, 0.5**2, 0.5, 0.5**3, 1.0, 0.5**3]
+    with pytest.raises(UserError, match=r"train\.groups\[0\]\.first: 'had\.\*' fits none of the 3 names"):
+        parameter_groups(named(*names), Optimizer(), [Group(r"vit\..*", layer_decay=0.5, first="had.*")])
+    with pytest.raises(UserError, match="first: says which names are the first layer of a layer_decay"):
+        Group(".*", first="head")
+    with pytest.raises(UserError, match=r"first: '\(' is no regular expression"):
+        Group(".*", layer_decay=0.5, first="(")
+
+
+def test_rules_may_be_for_so_many_dimensions_alone() -> None:
+    parameters = {"a.weight": nn.Parameter(torch.zeros(2, 2)), "a.bias": nn.Parameter(torch.zeros(2))}
+    found = settings_of(parameter_groups(parameters, Optimizer(lr=1.0), [Group(".*", dims=1, decay=0.0)]))
+    assert found == {"a.weight": (1.0, 0.01), "a.bias": (1.0, 0.0)}
+    with pytest.raises(UserError, match=r"groups\[0\]: dims: no parameter of '\.\*' has 3, they have \[1, 2\]"):
+        parameter_groups(parameters, Optimizer(), [Group(".*", dims=3, decay=0.0)])
+
+
 def test_frozen_parameters_are_left_out() -> None:
     parameters = named("a", "b")
     parameters["a"].requires_grad_(False)

@@ -1,7 +1,7 @@
 """Segmenter: every task from a picture to its segments, what cannot be asked for, and NaN traced to its layer."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from maskfirst.build import MENUS, Experiment
 from maskfirst.contracts import Proposer
 from maskfirst.criteria.matched import Matched
 from maskfirst.errors import UserError
-from maskfirst.frames import Fit
+from maskfirst.frames import Fit, Frame, resize
 from maskfirst.namers.class_head import ClassHead
 from maskfirst.namers.given import Given
 from maskfirst.namers.oracle import OracleNamer
@@ -157,6 +157,39 @@ def test_masks_brought_home_first_differ_little() -> None:
 def test_whole_pictures_and_windows_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="order masks_home brings whole pictures home"):
         Inference(window=(8, 8), stride=(8, 8), order="masks_home")
+
+
+def test_double_precision_goes_all_the_way() -> None:
+    model, _ = blobs(
+        Inference(Fit(short=50), window=(48, 48), stride=(32, 32), multiple=1, scales=(1.0, 1.5), flip=True)
+    )
+    single = model.scores(IMAGE, augment=True).fetch(0, SIZE[0])
+    double = model.double().scores(IMAGE.double(), augment=True).fetch(0, SIZE[0])
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fill", ["mean", "black"])
+def test_scores_of_padding_are_cut_off_before_they_come_home(fill: Literal["mean", "black"]) -> None:
+    """Windows run over the padded picture, as they would over one that came so."""
+    model, proposer = blobs(Inference(window=(48, 48), stride=(16, 16), pad=48, fill=fill, multiple=1))
+    proposer.mean = (120.0, 90.0, 60.0)
+    home = (20, 31)
+    ours = model.view_scores(IMAGE, Frame(home, SIZE, (48, 53)))
+    colour = torch.tensor(proposer.mean if fill == "mean" else (0.0, 0.0, 0.0))
+    padded = colour[:, None, None].repeat(1, 48, 53)
+    padded[:, : SIZE[0]] = IMAGE
+    whole = model.view_scores(padded, Frame.fit((48, 53))).fetch(0, 48)
+    assert [size for _, size in proposer.seen] == [(48, 48)] * 4
+    torch.testing.assert_close(ours.fetch(0, home[0]), resize(whole[:, : SIZE[0]], home))
+    with pytest.raises(ValueError, match="pad: -1 must not be negative"):
+        Inference(pad=-1)
+
+
+def test_augmented_views_may_have_a_fit_of_their_own() -> None:
+    inference = Inference(Fit(short=30, round_up=32), tta_fit=Fit(short=30, least=40), scales=(0.5, 1.5), flip=True)
+    assert [view.inner for view in inference.views((30, 60), 1, augment=False)] == [(32, 64)]
+    assert [view.inner for view in inference.views((30, 60), 1, augment=True)] == [(40, 80)] * 2 + [(45, 90)] * 2
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])

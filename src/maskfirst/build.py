@@ -65,6 +65,7 @@ MENUS: dict[type, dict[str, str]] = {
         "coco_stuff_10k": "maskfirst.data.coco_stuff:COCOStuff10K",
         "coco_stuff_164k": "maskfirst.data.coco_stuff:COCOStuff164K",
         "mapillary": "maskfirst.data.mapillary:Mapillary",
+        "mapillary_cityscapes": "maskfirst.data.mapillary:MapillaryAsCityscapes",
         "mapillary_instance": "maskfirst.data.mapillary:MapillaryInstance",
         "mapillary_panoptic": "maskfirst.data.mapillary:MapillaryPanoptic",
         "pascal_context": "maskfirst.data.pascal_context:PascalContext",

@@ -280,9 +280,11 @@ def predict(
     tta: Tta = False,
     trust: Trust = False,
     overlays: Annotated[bool, typer.Option(help="Paint the segments over the pictures, too.")] = True,
-    opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the paint.")] = 0.5,
+    opacity: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the paint: its share of a pixel, the rest being the picture.")
+    ] = 0.5,
     colors: Annotated[
-        str | None, typer.Option(metavar="VOCABULARY", help="Take the colours of this one, a bundled name or a file.")
+        str | None, typer.Option(metavar="VOCABULARY", help="Take the colours of this one, such as ade20k, or a file.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier run has finished.")] = False,
     precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
@@ -554,13 +556,18 @@ def _datasets(what: str, changes: list[str] | None) -> dict[str, "Dataset"]:
 
 
 def _colors(vocabulary: "Vocabulary", source: str) -> list[tuple[int, int, int]]:
-    """The colours of `vocabulary`, those of another one for the names that both have."""
+    """The colours of `vocabulary`, those of another one for the names that both have, or in order where there is none."""
     from maskfirst.data.vocabulary import load
 
     other = load(source)
     found = dict(zip(other.names, other.colors, strict=True))
     if not set(found) & set(vocabulary.names):
-        raise UserError(f"--colors {source}: has none of the model's names ({', '.join(vocabulary.names[:5])}, ...)")
+        if len(other) != len(vocabulary):
+            raise UserError(
+                f"--colors {source}: {len(other)} colours by other names than the model's {len(vocabulary)} classes "
+                f"({', '.join(vocabulary.names[:5])}, ...); name colours for these"
+            )
+        return [*other.colors]
     return [found.get(name, color) for name, color in zip(vocabulary.names, vocabulary.colors, strict=True)]
 
 

@@ -22,27 +22,40 @@ def resize(maps: Float[Tensor, "*N H W"], size: Size) -> Float[Tensor, "*N H2 W2
     return F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
 
 
+def up_to_multiple(size: Size, multiple: int) -> Size:
+    """The smallest size whose sides are multiples of `multiple` and that has room for `size`."""
+    height, width = (-(-side // multiple) * multiple for side in size)
+    return height, width
+
+
 @dataclass(frozen=True)
 class Fit:
-    """The rule that chooses a picture's size before it is given to a network; keeps the aspect.
+    """The rule that chooses a picture's size before it is given to a network; keeps the aspect, but for `round_up`.
 
     `long` and `short` are limits in pixels that both hold. With `least`, the short side becomes max(short, least)
-    and the long side is free (mmseg's `min_size`). All None: the picture keeps its size.
+    and the long side is free (mmseg's `min_size`). All None: the picture keeps its size. `round_up`: each side then grows to
+    a multiple of it, px, which changes the aspect a little. The originals resize a second time for that; here both are one.
     """
 
     long: int | None = None
     short: int | None = None
     least: int | None = None
+    round_up: int = 1
+
+    def __post_init__(self) -> None:
+        if self.round_up < 1:
+            raise ValueError(f"round_up: {self.round_up} must be at least 1; sides become multiples of it")
 
     def size(self, original: Size, scale: float = 1.0) -> Size:
         """The size for a picture of size `original`, with the limits multiplied by `scale`."""
-        height, width = original
+        factor = self._factor(original, scale)
+        height, width = (max(1, int(side * factor + 0.5)) for side in original)
+        return up_to_multiple((height, width), self.round_up)
+
+    def _factor(self, original: Size, scale: float) -> float:
+        """What the sides are multiplied by, before they are rounded."""
         if self.long is None and self.short is None and self.least is None:
-            return (
-                (height, width)
-                if scale == 1.0
-                else (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
-            )
+            return scale
         long = None if self.long is None else int(self.long * scale)
         short = None if self.short is None else int(self.short * scale)
         if self.least is not None:
@@ -52,8 +65,7 @@ class Fit:
             factors.append(long / max(original))
         if short is not None:
             factors.append(short / min(original))
-        factor = min(factors)
-        return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+        return min(factors)
 
 
 @dataclass(frozen=True)
@@ -71,25 +83,34 @@ class Frame:
     flipped: bool = False
 
     @classmethod
-    def fit(cls, original: Size, fit: Fit | None = None, scale: float = 1.0, multiple: int = 1) -> "Frame":
-        """The whole picture, resized by `fit`, on a canvas padded at the bottom and right to a multiple of `multiple`."""
+    def fit(
+        cls, original: Size, fit: Fit | None = None, scale: float = 1.0, multiple: int = 1, pad: int = 0
+    ) -> "Frame":
+        """The whole picture, resized by `fit`, on a canvas padded at the bottom and right.
+
+        The canvas's sides are `pad` px at least, and multiples of `multiple`.
+        """
         inner = (fit or Fit()).size(original, scale)
-        return cls(original, inner, (-(-inner[0] // multiple) * multiple, -(-inner[1] // multiple) * multiple))
+        return cls(original, inner, up_to_multiple((max(inner[0], pad), max(inner[1], pad)), multiple))
 
     def flip(self) -> "Frame":
         return replace(self, flipped=not self.flipped)
 
-    def windows(self, size: Size, stride: Size, multiple: int = 1) -> list[list["Frame"]]:
+    def windows(self, size: Size, stride: Size, multiple: int = 1, pad: int = 0) -> list[list["Frame"]]:
         """Rows of overlapping windows of `size` px that cover the resized picture; the last of each axis ends at its border.
 
-        A picture smaller than the window gives one smaller window on that axis, padded to `multiple`.
+        They run over the picture padded to `pad` px a side at least; those that would show padding alone are left out. What is
+        still smaller than the window gives one smaller window on that axis, padded to `multiple`.
         """
         starts, outer = [], []
-        for length, window, step in zip(self.inner, size, stride, strict=True):
+        for visible, window, step in zip(self.inner, size, stride, strict=True):
+            length = max(visible, pad)
             count = max(length - window + step - 1, 0) // step + 1
-            starts.append([max(min(i * step, length - window), 0) for i in range(count)])
-            outer.append(-(-min(window, length) // multiple) * multiple)
-        return [[replace(self, outer=(outer[0], outer[1]), origin=(y, x)) for x in starts[1]] for y in starts[0]]
+            places = [max(min(i * step, length - window), 0) for i in range(count)]
+            starts.append([place for place in places if place < visible])
+            outer.append(min(window, length))
+        canvas = up_to_multiple((outer[0], outer[1]), multiple)
+        return [[replace(self, outer=canvas, origin=(y, x)) for x in starts[1]] for y in starts[0]]
 
     @property
     def visible(self) -> Size:
@@ -101,7 +122,7 @@ class Frame:
 
     def resized(self, image: Shaped[Tensor, "C H W"]) -> Float[Tensor, "C H2 W2"]:
         """The picture at the frame's inner size, mirrored if the frame is."""
-        picture = resize(image.float(), self.inner)
+        picture = resize(image.to(torch.promote_types(image.dtype, torch.float32)), self.inner)
         return picture.flip(-1) if self.flipped else picture
 
     def cut(self, picture: Float[Tensor, "C H W"], fill: Sequence[float] = (0.0, 0.0, 0.0)) -> Float[Tensor, "C H2 W2"]:

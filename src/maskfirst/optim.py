@@ -14,23 +14,29 @@ from maskfirst.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Group:
-    """A rule for the parameters whose whole name the regular expression `match` fits.
+    """A rule for the parameters whose whole name the regular expression `match` fits, of `dims` dimensions where that is said.
 
     `lr` multiplies the learning rate. `decay` is the weight decay itself. `layer_decay` makes early layers learn slower:
     the rate of layer i of a trunk of depth d is multiplied by layer_decay^(d + 1 - i), where the embeddings are layer 0,
-    `blocks.<i>.` layer i + 1, and what follows the blocks layer d + 1 (BEiT; Bao et al., 2021).
+    `blocks.<i>.` layer i + 1, and what follows the blocks layer d + 1 (BEiT; Bao et al., 2021). Names that the regular
+    expression `first` fits are layer 0, wherever they lie.
     """
 
     match: str
+    dims: int | None = None
     lr: float | None = None
     decay: float | None = None
     layer_decay: float | None = None
+    first: str | None = None
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise UserError(f"match: '{self.match}' is no regular expression: {error}") from error
+        for key, pattern in (("match", self.match), ("first", self.first or "")):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{key}: '{pattern}' is no regular expression: {error}") from error
+        if self.first is not None and self.layer_decay is None:
+            raise UserError("first: says which names are the first layer of a layer_decay, and there is none; give one")
         if self.lr is not None and self.lr < 0:
             raise UserError(f"lr: {self.lr} must not be negative; it multiplies the learning rate")
         if self.decay is not None and self.decay < 0:
@@ -113,13 +119,9 @@ def parameter_groups(
     A group's `base` is the rate that a schedule multiplies, its `names` are those of its `params`. Raises UserError for a
     rule that no parameter matches, or whose `layer_decay` finds no `blocks.<i>.`.
     """
-    matching = [{name: None for name in parameters if re.fullmatch(rule.match, name)} for rule in rules]
-    for index, (rule, names) in enumerate(zip(rules, matching, strict=True)):
-        if not names:
-            hint = nearest(rule.match.replace("\\", ""), parameters)
-            raise UserError(f"train.groups[{index}]: '{rule.match}' matches no parameter.{hint}")
+    matching = [_matching(rule, parameters, f"train.groups[{index}]") for index, rule in enumerate(rules)]
     scales = {
-        index: _layer_scales(list(names), rule.layer_decay, index)
+        index: _layer_scales(list(names), rule.layer_decay, rule.first, f"train.groups[{index}]")
         for index, (rule, names) in enumerate(zip(rules, matching, strict=True))
         if rule.layer_decay is not None
     }
@@ -140,18 +142,37 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _layer_scales(names: Sequence[str], layer_decay: float, index: int) -> dict[str, float]:
+def _matching(rule: Group, parameters: Mapping[str, nn.Parameter], place: str) -> dict[str, None]:
+    """The names that a rule is for, in order."""
+    named = [name for name in parameters if re.fullmatch(rule.match, name)]
+    if not named:
+        hint = nearest(rule.match.replace("\\", ""), parameters)
+        raise UserError(f"{place}: '{rule.match}' matches no parameter.{hint}")
+    found = {name: None for name in named if rule.dims in (None, parameters[name].ndim)}
+    if not found:
+        there = sorted({parameters[name].ndim for name in named})
+        raise UserError(f"{place}: dims: no parameter of '{rule.match}' has {rule.dims}, they have {there}")
+    return found
+
+
+def _layer_scales(names: Sequence[str], layer_decay: float, first: str | None, place: str) -> dict[str, float]:
     """The factor of each name, which come in the order of the network: before, inside and after the blocks."""
+    slowest = {name for name in names if first is not None and re.fullmatch(first, name)}
+    if first is not None and not slowest:
+        raise UserError(f"{place}.first: '{first}' fits none of the {len(names)} names that `match` does")
     blocks = [re.search(r"(?:^|\.)blocks\.(\d+)\.", name) for name in names]
     depth = max((int(found[1]) + 1 for found in blocks if found), default=0)
     if depth == 0:
         raise UserError(
-            f"train.groups[{index}].layer_decay: none of the {len(names)} parameters has 'blocks.<i>.' in its name; "
+            f"{place}.layer_decay: none of the {len(names)} parameters has 'blocks.<i>.' in its name; "
             "match those of a plain ViT"
         )
-    first = next(place for place, found in enumerate(blocks) if found)
-    layers = [int(found[1]) + 1 if found else (0 if i < first else depth + 1) for i, found in enumerate(blocks)]
-    return {name: layer_decay ** (depth + 1 - layer) for name, layer in zip(names, layers, strict=True)}
+    start = next(i for i, found in enumerate(blocks) if found)
+    layers = [int(found[1]) + 1 if found else (0 if i < start else depth + 1) for i, found in enumerate(blocks)]
+    return {
+        name: layer_decay ** (depth + 1 - (0 if name in slowest else layer))
+        for name, layer in zip(names, layers, strict=True)
+    }
 
 
 class Average:

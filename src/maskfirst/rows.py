@@ -34,7 +34,7 @@ def whole(scores: Float[Tensor, "K h w"]) -> Rows:
 
 
 def enlarge(rows: Rows, size: Size) -> Rows:
-    """`frames.resize`, run by run: the same numbers up to rounding, whatever the runs; float32 even under autocast."""
+    """`frames.resize`, run by run: up to rounding the same, whatever the runs; in float32 at least, also under autocast."""
     height, width = size
     if (rows.height, rows.width) == size:
         return rows
@@ -43,20 +43,21 @@ def enlarge(rows: Rows, size: Size) -> Rows:
     def widen(source: Tensor) -> Tensor:
         if rows.width == width:
             return source
-        return torch.cat([source[..., a:b] @ shares.T.to(source.device) for a, b, shares in columns], -1)
+        return torch.cat([source[..., a:b] @ shares.T.to(source) for a, b, shares in columns], -1)
 
     def fetch(first: int, last: int) -> Tensor:
         if rows.height == height:
             top, bottom = first, last
         else:
             top, bottom, _ = _taps(rows.height, height, first, last)
-        source = rows.fetch(top, bottom).float()
+        source = rows.fetch(top, bottom)
+        source = source.to(torch.promote_types(source.dtype, torch.float32))
         with torch.autocast(source.device.type, enabled=False):
             source = widen(source)
             if rows.height == height:
                 return source
             runs = [_taps(rows.height, height, start, min(start + BLOCK, last)) for start in range(first, last, BLOCK)]
-            made = [shares.to(source.device) @ source[:, a - top : b - top] for a, b, shares in runs]
+            made = [shares.to(source) @ source[:, a - top : b - top] for a, b, shares in runs]
             return made[0] if len(made) == 1 else torch.cat(made, 1)
 
     return Rows(height, width, fetch)

@@ -22,16 +22,22 @@ class Inference:
     """How pictures are laid before the network, and its answers read.
 
     `window` and `stride`, px: overlapping windows (semantic only); None: the whole picture. `multiple`: canvases are padded
-    to it; None: the proposer's; 1: no padding, as the originals. `scales`, `flip`: what test-time augmentation averages,
-    after a softmax over the classes where `average` is "softmax" (mmseg), or as they are. `order`: see tasks.Order; that and
-    augmentation are semantic only, too. `thresholds`: what counts as a segment in the other tasks. `batch`: windows a pass;
-    None: 4, but 1 on the CPU, where more are no faster. `strip`: rows of the answer made at a time, which bounds the memory.
+    to it; None: the proposer's; 1: no padding, as the originals. `pad`: pictures are first padded at the bottom and right to
+    so many px a side at least, and windows run over that, too. `fill`: with the colour that the network normalises to 0, or
+    black. `scales`, `flip`: what test-time augmentation averages, after a softmax over the classes where `average` is
+    "softmax" (mmseg, also of scores that are probabilities already), or as they are; `tta_fit`: in place of `fit` there.
+    `order`: see tasks.Order; that and augmentation are semantic only, too. `thresholds`: what counts as a segment in the other
+    tasks. `batch`: windows a pass; None: 4, but 1 on the CPU, where more are no faster. `strip`: rows of the answer made at a
+    time, which bounds the memory.
     """
 
     fit: Fit = field(default_factory=Fit)
     window: Size | None = None
     stride: Size | None = None
     multiple: int | None = None
+    pad: int = 0
+    fill: Literal["mean", "black"] = "mean"
+    tta_fit: Fit | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     average: Literal["softmax", "raw"] = "softmax"
@@ -51,6 +57,8 @@ class Inference:
             and any(not 0 < step <= side for step, side in zip(self.stride, self.window, strict=True))
         ):
             raise ValueError(f"stride {self.stride} must lie in 1..window {self.window}, or pixels would be left out")
+        if self.pad < 0:
+            raise ValueError(f"pad: {self.pad} must not be negative; it is the least side of a canvas in px")
         if self.window is not None and self.order == "masks_home":
             raise ValueError("order masks_home brings whole pictures home, and this has windows; use masks_first")
 
@@ -58,15 +66,16 @@ class Inference:
         """The frames of a picture: one, or with `augment` every scale, plain and mirrored. `multiple`: the proposer's."""
         multiple = self.multiple or multiple
         if not augment:
-            return [Frame.fit(original, self.fit, 1.0, multiple)]
-        plain = [Frame.fit(original, self.fit, scale, multiple) for scale in self.scales]
+            return [Frame.fit(original, self.fit, 1.0, multiple, self.pad)]
+        fit = self.tta_fit or self.fit
+        plain = [Frame.fit(original, fit, scale, multiple, self.pad) for scale in self.scales]
         return [view for frame in plain for view in ((frame, frame.flip()) if self.flip else (frame,))]
 
     def windows(self, view: Frame, multiple: int) -> list[Frame]:
         """The canvases of a view: itself, or its windows row by row. `multiple`: the proposer's."""
         if self.window is None or self.stride is None:
             return [view]
-        return list(chain.from_iterable(view.windows(self.window, self.stride, self.multiple or multiple)))
+        return list(chain.from_iterable(view.windows(self.window, self.stride, self.multiple or multiple, self.pad)))
 
 
 class Segmenter(nn.Module):
@@ -188,7 +197,8 @@ class Segmenter(nn.Module):
         self, picture: Float[Tensor, "3 H W"], frames: Sequence[Frame], task: str, truth: Segments | None
     ) -> tuple[Proposals, Names]:
         """What the network makes of some canvases of a resized picture. Raises UserError where that is NaN."""
-        pixels = torch.stack([frame.cut(picture, self.proposer.mean) for frame in frames])
+        fill = self.proposer.mean if self.inference.fill == "mean" else (0.0, 0.0, 0.0)
+        pixels = torch.stack([frame.cut(picture, fill) for frame in frames])
         wanted = None if truth is None else tasks.targets(truth, self.vocabulary, task)
         cut = None if wanted is None else tuple(_cut_truth(wanted, frame, self.device) for frame in frames)
         batch = Batch(pixels, (task,) * len(frames), tuple(frames), ("",) * len(frames), cut)

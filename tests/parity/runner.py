@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import answers, mask2former, scores
+from . import answers, mask2former, scores, tables, vit_adapter_settings
 from .rows import Row, failed
-from .tables import FILES
 from .variant import variant
 
 PROSE = {".md", ".txt"}
+FILES = tables.FILES | vit_adapter_settings.FILES
+"""File name -> what compares it."""
 KINDS = {
     "Mask2Former MaskFormerHead (pixel decoder + masked decoder)": mask2former.original_head,
     "Mask2FormerHead of the InternImage / ViT-P mmseg tree (weights named decode_head.*)": mask2former.mmseg_head,

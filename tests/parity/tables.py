@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskfirst import recipe as recipes
 from maskfirst.backbones.vit import resize_positions
@@ -25,6 +25,7 @@ from maskfirst.frames import Fit, Frame
 from maskfirst.optim import parameter_groups
 from maskfirst.proposers.atm import ATM, ShrunkATM
 from maskfirst.segmenter import Segmenter
+from maskfirst.training import Training
 from maskfirst.types import VOID, Names, Proposals, Segments
 
 from .foreign import NotCoveredError, loss_criterion
@@ -126,7 +127,7 @@ def lr_schedule(folder: Path, path: Path) -> Iterator[Row]:
         experiment = Experiment(recipes.load(SCHEDULES[match[1]]))
         training = experiment.training()
         yield equal(path.name, f"{name}: steps", training.steps, 1000 * int(match[2]))
-        rates = _rates(experiment, experiment.segmenter(meta=True))
+        rates = _rates(training, dict(experiment.segmenter(meta=True).named_parameters()))
         backbone = rates["proposer.backbone.trunk.vit.patch_embed.proj.weight"][0]
         head = rates["namer.linear.weight"][0]
         for step, expected in steps.items():
@@ -134,32 +135,44 @@ def lr_schedule(folder: Path, path: Path) -> Iterator[Row]:
             yield compare(path.name, f"{name}: step {step}", [backbone * factor, head * factor], expected, RATES)
 
 
-def _rates(experiment: Experiment, segmenter: Segmenter) -> dict[str, tuple[float, float]]:
+def _rates(training: Training, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[float, float]]:
     """Learning rate and weight decay of each parameter."""
-    training = experiment.training()
-    groups = parameter_groups(dict(segmenter.named_parameters()), training.optimizer, training.groups)
+    groups = parameter_groups(parameters, training.optimizer, training.groups)
     return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+
+
+def same_groups(
+    file: str,
+    name: str,
+    told: Mapping[str, Sequence[float]],
+    homes: Mapping[str, tuple[str, ...]],
+    training: Training,
+    parameters: Mapping[str, nn.Parameter],
+) -> Iterator[Row]:
+    """Rows for the rate and the weight decay of every parameter. `homes`: foreign name -> what of ours it becomes."""
+    rates = _rates(training, parameters)
+    yield equal(file, f"{name}: parameters", sorted(sum(homes.values(), ())), sorted(rates))
+    wrong = [
+        f"{foreign} {rates.get(home)} for {told[foreign]}"
+        for foreign, goals in homes.items()
+        for home in goals
+        if not np.allclose(rates.get(home, (np.nan, np.nan)), told[foreign], rtol=1e-12, atol=0)
+    ]
+    yield equal(file, f"{name}: rates and decays of {len(homes)} parameters", wrong, [])
 
 
 def optim_groups(folder: Path, path: Path) -> Iterator[Row]:
     """The learning rate and weight decay of every parameter, and the optimizer."""
     for name, told in read_json(path).items():
         experiment, segmenter = published(name)
-        optimizer = experiment.training().optimizer
-        theirs = told["optimizer"]
+        training = experiment.training()
+        optimizer, theirs = training.optimizer, told["optimizer"]
         ours = [optimizer.kind, optimizer.lr, list(optimizer.betas), optimizer.decay]
         reference = [theirs["type"].lower(), theirs["lr"], theirs["betas"], theirs["weight_decay"]]
         yield equal(path.name, f"{name}: optimizer", ours, reference)
         homes = destinations(told["lr_wd"], segvit.rules(told["lr_wd"]))
-        rates = _rates(experiment, segmenter)
-        yield equal(path.name, f"{name}: parameters", sorted(sum(homes.values(), ())), sorted(rates))
-        wrong = [
-            f"{foreign} {rates.get(home)} for {told['lr_wd'][foreign]}"
-            for foreign, goals in homes.items()
-            for home in goals
-            if not np.allclose(rates.get(home, (np.nan, np.nan)), told["lr_wd"][foreign], rtol=1e-12, atol=0)
-        ]
-        yield equal(path.name, f"{name}: rates and decays of {len(homes)} parameters", wrong, [])
+        parameters = dict(segmenter.named_parameters())
+        yield from same_groups(path.name, name, told["lr_wd"], homes, training, parameters)
 
 
 def test_geometry(folder: Path, path: Path) -> Iterator[Row]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from maskfirst.data.images import IMAGE_ENDINGS, read_image, read_label_map
 from maskfirst.data.vocabulary import from_names, load, of_folder
 from maskfirst.errors import nearest
 from maskfirst.types import Sample, Vocabulary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def files(path: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def choose(split: str, known: Mapping[str, str], place: str) -> str:
+def choose(split: str, known: Mapping[str, T], place: str) -> T:
     """What `known` calls `split`. Raises DataError where it knows none of that name."""
     if split not in known:
         raise DataError(f"{place}: no split '{split}'.{nearest(split, known)} Known: {', '.join(known)}.")
