@@ -20,7 +20,7 @@ from maskfirst.backbones.vit import TimmViT
 from maskfirst.convert import pickles, segvit
 from maskfirst.convert.catalogue import ConvertError, convert, released
 from maskfirst.convert.pickles import CheckpointError, open_checkpoint
-from maskfirst.convert.rename import Join, Leave, Move, RenameError, Split, rename
+from maskfirst.convert.rename import Copy, Join, Leave, Move, RenameError, Split, destinations, rename
 from maskfirst.frames import Frame
 from maskfirst.recipe import Recipe
 from parity.foreign import recipe_tree
@@ -54,6 +54,25 @@ def test_packed_tensors_are_cut_and_single_ones_joined() -> None:
     # The order of the foreign keys does not matter.
     single = {"value": cut["v"].T, "query": cut["q"].T, "key": cut["k"].T}
     assert torch.equal(rename(single, rules, {"qkv": (6, 2)}).tensors["qkv"], packed)
+
+
+def test_a_shared_tensor_goes_to_each_of_its_places_with_memory_of_its_own() -> None:
+    rules = [Copy(r"shared\.(\w+)", (r"blocks.0.\1", r"blocks.1.\1"))]
+    given = {"shared.table": torch.rand(3, 2)}
+    renamed = rename(given, rules, {"blocks.0.table": (3, 2), "blocks.1.table": (3, 2)})
+    assert renamed.homes == {"shared.table": ("blocks.0.table", "blocks.1.table")}
+    assert all(torch.equal(tensor, given["shared.table"]) for tensor in renamed.tensors.values())
+    tensors = [*given.values(), *renamed.tensors.values()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 3
+    assert destinations(given, rules) == renamed.homes
+
+
+def test_a_shared_tensor_beside_one_of_a_places_own_are_two_sources() -> None:
+    rules = [Copy("shared", ("a", "b")), Move("own", "b")]
+    with pytest.raises(RenameError) as caught:
+        rename({"shared": torch.rand(2), "own": torch.rand(2)}, rules, {"a": (3,), "b": (2,)})
+    assert caught.value.twice == ("b",)
+    assert caught.value.misfits == (("a", (2,), (3,)),)
 
 
 def test_what_is_left_behind_has_a_reason() -> None:

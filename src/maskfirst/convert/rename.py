@@ -36,6 +36,14 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """One foreign tensor, which several places share there, becomes each of the keys `to`."""
+
+    match: str
+    to: tuple[Template, ...]
+
+
+@dataclass(frozen=True)
 class Join:
     """One of several foreign tensors that, turned and put after one another along the first axis, become one of ours.
 
@@ -57,7 +65,7 @@ class Leave:
     reason: str
 
 
-Rule = Move | Split | Join | Leave
+Rule = Move | Split | Copy | Join | Leave
 
 
 class Misfit(NamedTuple):
@@ -193,7 +201,7 @@ def _led(key: str, compiled: Sequence[tuple[re.Pattern[str], Rule]]) -> tuple[Ru
     if found is None:
         return None
     rule, match = found
-    templates = () if isinstance(rule, Leave) else rule.to if isinstance(rule, Split) else (rule.to,)
+    templates = () if isinstance(rule, Leave) else rule.to if isinstance(rule, Split | Copy) else (rule.to,)
     return rule, tuple(_filled(template, match) for template in templates)
 
 
@@ -201,8 +209,10 @@ def _filled(template: Template, match: re.Match[str]) -> str:
     return match.expand(template) if isinstance(template, str) else template(match)
 
 
-def _made(rule: Move | Split | Join, tensor: Tensor) -> tuple[Tensor, ...] | None:
+def _made(rule: Move | Split | Copy | Join, tensor: Tensor) -> tuple[Tensor, ...] | None:
     """The tensor as its rule wants it, in pieces of their own memory; None where its shape does not allow that."""
+    if isinstance(rule, Copy):
+        return tuple(tensor.clone() for _ in rule.to)
     if isinstance(rule, Split):
         count = len(rule.to)
         if tensor.ndim == 0 or tensor.shape[0] % count:
