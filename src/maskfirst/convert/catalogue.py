@@ -16,13 +16,15 @@ from maskfirst.contracts import Resizable
 from maskfirst.convert import eomt, mask2former, segvit, vit
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
-from maskfirst.errors import UserError
+from maskfirst.errors import UserError, listed
 from maskfirst.files import write_aside
 from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Vocabulary
 
 Tensors = Mapping[str, Tensor]
+_SHOWN = 5
+"""Keys or names of each kind that a line has."""
 
 
 class ConvertError(UserError):
@@ -106,7 +108,7 @@ class Report:
         reasons: dict[str, list[str]] = {}
         for key, reason in self.left.items():
             reasons.setdefault(reason, []).append(key)
-        lines += [f"left behind: {_some(keys)}: {reason}" for reason, keys in reasons.items()]
+        lines += [f"left behind: {listed(keys, _SHOWN)}: {reason}" for reason, keys in reasons.items()]
         return "\n".join([*lines, *self.notes, f"written: {self.out}"])
 
 
@@ -132,7 +134,7 @@ def convert(checkpoint: Path | str, recipe: Recipe | None, out: Path | str) -> R
     if origin is None:
         tops = sorted({key.replace("/", ".").split(".")[0] for key in opened.tensors})
         known = ", ".join(each.name for each in ORIGINS)
-        raise ConvertError(f"{checkpoint}: of no known origin; it holds {_some(tops)}. Known: {known}.")
+        raise ConvertError(f"{checkpoint}: of no known origin; it holds {listed(tops, _SHOWN)}. Known: {known}.")
     if isinstance(origin, Whole):
         return _whole(checkpoint, opened, origin, recipe, out)
     return _part(checkpoint, opened.tensors, origin, recipe, out)
@@ -152,7 +154,7 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
     overrides: tuple[str, ...] = ()
     if recipe is None:
         if plan is None:
-            known = _some([f"{file} ({name})" for file, name in released().items()])
+            known = listed((f"{file} ({name})" for file, name in released().items()), _SHOWN)
             raise ConvertError(
                 f"{checkpoint}: {holds}, which no bundled recipe is; give its own with --recipe. Released are: {known}."
             )
@@ -232,7 +234,7 @@ def _check_place(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) 
             told = "missing" if name not in ours else f"{list(ours[name].shape)} for {list(goal.shape)}"
             wrong.append(f"{name} {told}")
     if wrong:
-        raise ConvertError(f"{checkpoint}: does not fit {origin.place} of {recipe.name}: {_some(wrong)}")
+        raise ConvertError(f"{checkpoint}: does not fit {origin.place} of {recipe.name}: {listed(wrong, _SHOWN)}")
 
 
 def _lacking(checkpoint: Path, origin: str, error: LookupError) -> ConvertError:
@@ -262,13 +264,8 @@ def _name_notes(beside: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[str,
         return (
             f"note: it names {len(told)} classes, and the recipe {len(vocabulary)}; look whether they are the same",
         )
-    return (f"note: {len(other)} classes have other names: {_some(other)}",) if other else ()
+    return (f"note: {len(other)} classes have other names: {listed(other, _SHOWN)}",) if other else ()
 
 
 def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
-
-
-def _some(words: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskfirst.errors import UserError
+from maskfirst.errors import UserError, listed
 
 SHOWN = 10
 """Keys of each kind that an error's line names; its attributes have them all."""
@@ -107,13 +107,8 @@ class RenameError(UserError):
             ("of another shape", [str(misfit) for misfit in self.misfits]),
             ("keys of the model with two sources", self.twice),
         )
-        told = [f"{what} ({len(keys)}): {_some(keys)}" for what, keys in parts if keys]
+        told = [f"{what} ({len(keys)}): {listed(keys, SHOWN)}" for what, keys in parts if keys]
         super().__init__(f"the checkpoint does not fit the model: {'; '.join(told)}")
-
-
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + more
 
 
 @dataclass(frozen=True, eq=False)
