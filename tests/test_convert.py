@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from maskfirst import build, weights
 from maskfirst import recipe as recipes
 from maskfirst.backbones.vit import TimmViT
-from maskfirst.convert import pickles, segvit
+from maskfirst.convert import containers, segvit
 from maskfirst.convert.catalogue import ConvertError, convert, released
 from maskfirst.convert.pickles import CheckpointError, open_checkpoint
 from maskfirst.convert.rename import Copy, Join, Leave, Move, RenameError, Split, destinations, rename
@@ -296,7 +296,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez_compressed(tmp_path / "x.npz", a=np.zeros(100_000))
-    monkeypatch.setattr(pickles, "LARGEST", 10_000)
+    monkeypatch.setattr(containers, "LARGEST", 10_000)
     with pytest.raises(CheckpointError, match="would unpack to"):
         open_checkpoint(tmp_path / "x.npz")
 
