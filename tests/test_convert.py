@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from maskfirst import build, weights
 from maskfirst import recipe as recipes
 from maskfirst.backbones.vit import TimmViT
+from maskfirst.build import Experiment
 from maskfirst.convert import containers, segvit
 from maskfirst.convert.catalogue import ConvertError, convert, released
 from maskfirst.convert.pickles import CheckpointError, open_checkpoint
@@ -397,6 +399,18 @@ def test_the_shapes_choose_the_recipe(originals: Path, tmp_path: Path, bundled: 
     assert weights.read(out).recipe.tree["proposer"]["kind"] == "atm_shrunk"
 
 
+def test_a_released_name_within_an_archive_counts(originals: Path, tmp_path: Path, bundled: None) -> None:
+    """Whatever the archive is called; models of two recipes may have the same shapes."""
+    tree = own_recipe("tiny").tree | {"published": {"checkpoint": "twin_1.pth"}}
+    (tmp_path / "twin.yaml").write_text(yaml.safe_dump(tree))
+    for name, recipe in (("run/twin_1.pth", "twin"), ("twin_2.pth", "tiny")):
+        with zipfile.ZipFile(tmp_path / "download.zip", "w") as archive:
+            archive.write(originals / "tiny.pth", name)
+        report = convert(tmp_path / "download.zip", None, tmp_path / "out.safetensors")
+        assert report.recipe == recipe
+        assert report.checkpoint == str(tmp_path / "download.zip")
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_the_number_of_classes_chooses_the_vocabulary(
     originals: Path, tmp_path: Path, bundled: None, given: bool
@@ -482,6 +496,27 @@ def test_files_of_no_known_origin_are_told_apart(tmp_path: Path) -> None:
         convert(tmp_path / "x.safetensors", None, tmp_path / "out.pth")
 
 
+@pytest.mark.parametrize(
+    ("tops", "told"),
+    [
+        (("neck", "rpn_head", "roi_head"), "neck, rpn_head, roi_head"),
+        (("neck", "bbox_head"), "neck, bbox_head"),
+        (("panoptic_head",), "panoptic_head"),
+    ],
+)
+def test_detection_s_copies_are_other_networks(tmp_path: Path, tops: tuple[str, ...], told: str) -> None:
+    own = ("level_embed", "spm.stem.0.weight", "interactions.0.injector.gamma", "blocks.0.attn.q_bias")
+    keys = [*(f"backbone.{key}" for key in own), *(f"{top}.conv.weight" for top in tops)]
+    path = tmp_path / "htc++_beit_adapter_large_fpn_3x_coco.pth.tar"
+    save_torch(path, {"state_dict": {key: torch.zeros(1) for key in keys}})
+    with pytest.raises(ConvertError) as caught:
+        convert(path, None, tmp_path / "out.safetensors")
+    assert str(caught.value) == (
+        f"{path}: a detector of mmdet's (it has {told}); detection's copies of ViT-Adapter and of its trunks are other "
+        "networks than those of segmentation, whatever their names; take a checkpoint of segmentation (decode_head)"
+    )
+
+
 def test_the_released_checkpoints_have_their_recipes() -> None:
     found = {file: recipe for file, recipe in released().items() if recipe.startswith("segvit")}
     assert found == {
@@ -556,7 +591,7 @@ def in_jax(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-FORMATS = {"mmseg.pth": in_mmseg, "timm.pth": in_timm, "jax.npz": in_jax}
+FORMATS = {"mmseg.pth": in_mmseg, "timm.pth": in_timm, "deit.pth": in_timm, "jax.npz": in_jax}
 
 
 def write_vit(folder: Path, file: str, ours: dict[str, torch.Tensor]) -> Path:
@@ -564,7 +599,7 @@ def write_vit(folder: Path, file: str, ours: dict[str, torch.Tensor]) -> Path:
     if file.endswith(".npz"):
         np.savez(folder / file, **{key: tensor.numpy() for key, tensor in tensors.items()})
     else:
-        save_torch(folder / file, tensors)
+        save_torch(folder / file, {"model": tensors} if file == "deit.pth" else tensors)
     return folder / file
 
 
@@ -579,6 +614,51 @@ def test_pretrained_vits_become_weights_for_a_trunk(tmp_path: Path, file: str) -
     loaded = weights.load_part(fresh, tmp_path / "out.safetensors", "proposer.backbone.trunk")
     assert (loaded.resized, loaded.reset, loaded.unused) == ((), (), ())
     assert all(torch.equal(tensor, vit.state_dict()[key]) for key, tensor in fresh.state_dict().items())
+
+
+def deit_recipe(side: int) -> Recipe:
+    """Whose trunk scales its branches, and has neither the class token in its blocks nor a norm behind them."""
+    trunk = {"kind": "vit", "size": [side, side], "width": 24, "depth": 2, "heads": 3, "patch": 16}
+    trunk |= {"layer_scale": 1.0, "final_norm": False, "class_token": False}
+    tree = {
+        "vocabulary": ["a", "b"],
+        "proposer": {"kind": "dense", "backbone": {"kind": "taps", "depths": [1], "trunk": trunk}},
+        "namer": {"kind": "given"},
+        "criterion": {"kind": "pixel"},
+    }
+    return Recipe(tree, "tiny.yaml")
+
+
+@pytest.mark.parametrize("side", [48, 64])
+@pytest.mark.parametrize("file", FORMATS)
+def test_a_trunk_may_scale_its_branches_though_no_release_does(tmp_path: Path, file: str, side: int) -> None:
+    """As ViT-Adapter's does on DeiT and AugReg: its scales begin with 1."""
+    vit, told, out = small_vit(), deit_recipe(side), tmp_path / "out.safetensors"
+    *resized, begun, use = convert(write_vit(tmp_path, file, vit.state_dict()), told, out).notes
+    scales = [f"vit.blocks.{index}.ls{branch}.gamma" for index in range(2) for branch in (1, 2)]
+    assert begun == f"note: tiny begins by itself what the checkpoint has not: {', '.join(scales)}"
+    assert resized == (["note: tiny resizes: vit.pos_embed"] if side == 64 else [])
+    experiment = Experiment(recipes.override(told, [use.split("`")[1].removeprefix("-s ")]))
+    trunk = experiment.segmenter().get_submodule("proposer.backbone.trunk").state_dict()
+    (loaded,) = experiment.loaded
+    assert set(loaded.reset) == set(scales)
+    assert set(loaded.unused) == {"vit.norm.weight", "vit.norm.bias"}
+    assert all((trunk[scale] == 1).all() for scale in scales)
+    assert all(torch.equal(trunk[key], vit.state_dict()[key]) for key in loaded.loaded)
+    assert ("vit.pos_embed" in loaded.loaded) == (side == 48)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_distilled_deit_is_refused(tmp_path: Path, head: bool) -> None:
+    tensors = in_timm(small_vit().state_dict()) | {"dist_token": torch.zeros(1, 1, 24)}
+    tensors |= {"head_dist.weight": torch.zeros(10, 24)} if head else {}
+    save_torch(tmp_path / "deit_tiny_distilled_patch16_224-b40b3cf7.pth", {"model": tensors})
+    with pytest.raises(ConvertError) as caught:
+        convert(tmp_path / "deit_tiny_distilled_patch16_224-b40b3cf7.pth", None, tmp_path / "out.safetensors")
+    assert str(caught.value) == (
+        f"{tmp_path / 'deit_tiny_distilled_patch16_224-b40b3cf7.pth'}: a distilled DeiT, whose second token (dist_token) "
+        "takes part in every block and has no place in this trunk; take the release of that size without distillation"
+    )
 
 
 def test_a_trunk_of_another_size_resizes_the_positions_and_says_so(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def load_part(
             value = pairs.carry(goal, value, rows[name])
             carried |= value is not None
         elif value is not None and value.shape != goal.shape:
-            fate, value = "resized", _resized(module, name, value, goal.shape)
+            fate, value = "resized", resized(module, name, value, goal.shape)
         if value is None:
             fate = "reset"
         else:
@@ -346,7 +346,7 @@ class _Pairs:
         return result
 
 
-def _resized(module: nn.Module, name: str, found: Tensor, goal: torch.Size) -> Tensor | None:
+def resized(module: nn.Module, name: str, found: Tensor, goal: torch.Size) -> Tensor | None:
     """`found` in the shape `goal` of parameter `name`, by the innermost module around it that can carry it over."""
     around = [(place, part) for place, part in module.named_modules() if name.startswith(f"{place}." if place else "")]
     for place, part in reversed(around):

@@ -185,6 +185,11 @@ def destinations(keys: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[
     return {key: found[1] for key, found in led.items() if found is not None}
 
 
+def count(keys: Iterable[str], match: str) -> int:
+    """How many numbers, or other words, stand in the first group of the keys that fit `match` whole: blocks, for example."""
+    return len({found[1] for key in keys if (found := re.fullmatch(match, key))})
+
+
 def _compiled(rules: Iterable[Rule]) -> list[tuple[re.Pattern[str], Rule]]:
     return [(re.compile(rule.match), rule) for rule in rules]
 
