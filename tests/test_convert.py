@@ -690,6 +690,14 @@ def test_a_vit_that_is_not_whole_is_named(tmp_path: Path) -> None:
     save_torch(tmp_path / "x.pth", {key: tensor for key, tensor in tensors.items() if key != "pos_embed"})
     with pytest.raises(ConvertError, match=r"looks like a ViT of timm's, but has no 'pos_embed'"):
         convert(tmp_path / "x.pth", None, tmp_path / "out.safetensors")
+    for key, shape in (
+        ("pos_embed", (1, 0, 24)),
+        ("pos_embed", (1, 1, 24)),
+        ("patch_embed.proj.weight", (24, 3, 0, 0)),
+    ):
+        save_torch(tmp_path / "x.pth", tensors | {key: torch.zeros(shape)})
+        with pytest.raises(ConvertError, match=r"looks like a ViT of timm's, but its tensors have other axes"):
+            convert(tmp_path / "x.pth", None, tmp_path / "out.safetensors")
     save_torch(tmp_path / "x.pth", {key: tensor for key, tensor in tensors.items() if key != "blocks.1.norm2.bias"})
     with pytest.raises(ConvertError, match=r"without a source \(1\): vit\.blocks\.1\.norm2\.bias"):
         convert(tmp_path / "x.pth", None, tmp_path / "out.safetensors")

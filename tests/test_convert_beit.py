@@ -290,6 +290,10 @@ ABSOLUTE = (
             "looks like a BEiT, but its tensors have other axes; is it whole?",
         ),
         (
+            lambda tensors: tensors.update({f"blocks.0.{TABLE}": torch.zeros(28, 0)}),
+            "looks like a BEiT, but its tensors have other axes; is it whole?",
+        ),
+        (
             lambda tensors: tensors.pop(f"blocks.0.{TABLE}"),
             f"looks like a BEiT, but has no 'blocks.0.{TABLE}'; is it whole?",
         ),
@@ -307,7 +311,7 @@ ABSOLUTE = (
             "the checkpoint does not fit the model: keys of it without a rule (1): decoder.weight",
         ),
     ],
-    ids=["absolute", "oblong", "empty", "flat", "no table", "no bias", "both", "surplus"],
+    ids=["absolute", "oblong", "empty", "flat", "headless", "no table", "no bias", "both", "surplus"],
 )
 def test_what_cannot_be_taken_over_is_told(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], told: str

@@ -209,10 +209,11 @@ def _fitted(tensors: Tensors, origin: Whole, recipe: Recipe) -> tuple[Experiment
 def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | None, out: Path) -> Report:
     try:
         module = origin.build(tensors)
-    except LookupError as error:
-        raise _lacking(checkpoint, origin.name, error) from error
     except UserError as error:
         raise ConvertError(f"{checkpoint}: {error}") from error
+    except (LookupError, ArithmeticError, ValueError) as error:
+        # Axes of no length, or that do not go together, which no network has.
+        raise _lacking(checkpoint, origin.name, error) from error
     try:
         renamed = rename(tensors, origin.rules(tensors.keys()), _shapes(module))
     except RenameError as error:
@@ -259,7 +260,7 @@ def _check_place(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) 
     return tuple(f"note: {recipe.name} {what}: {listed(names, _SHOWN)}" for names, what in fates if names)
 
 
-def _lacking(checkpoint: Path, origin: str, error: LookupError) -> ConvertError:
+def _lacking(checkpoint: Path, origin: str, error: Exception) -> ConvertError:
     what = f"has no {error}" if isinstance(error, KeyError) else "its tensors have other axes"
     return ConvertError(f"{checkpoint}: looks like {origin}, but {what}; is it whole?")
 
