@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from maskfirst import build, weights
 from maskfirst import recipe as recipes
 from maskfirst.backbones.vit import TimmViT
-from maskfirst.convert import pickles, segvit
+from maskfirst.build import Experiment
+from maskfirst.convert import containers, segvit
 from maskfirst.convert.catalogue import ConvertError, convert, released
 from maskfirst.convert.pickles import CheckpointError, open_checkpoint
-from maskfirst.convert.rename import Join, Leave, Move, RenameError, Split, rename
+from maskfirst.convert.rename import Copy, Join, Leave, Move, RenameError, Split, destinations, rename
 from maskfirst.frames import Frame
 from maskfirst.recipe import Recipe
 from parity.foreign import recipe_tree
@@ -54,6 +56,25 @@ def test_packed_tensors_are_cut_and_single_ones_joined() -> None:
     # The order of the foreign keys does not matter.
     single = {"value": cut["v"].T, "query": cut["q"].T, "key": cut["k"].T}
     assert torch.equal(rename(single, rules, {"qkv": (6, 2)}).tensors["qkv"], packed)
+
+
+def test_a_shared_tensor_goes_to_each_of_its_places_with_memory_of_its_own() -> None:
+    rules = [Copy(r"shared\.(\w+)", (r"blocks.0.\1", r"blocks.1.\1"))]
+    given = {"shared.table": torch.rand(3, 2)}
+    renamed = rename(given, rules, {"blocks.0.table": (3, 2), "blocks.1.table": (3, 2)})
+    assert renamed.homes == {"shared.table": ("blocks.0.table", "blocks.1.table")}
+    assert all(torch.equal(tensor, given["shared.table"]) for tensor in renamed.tensors.values())
+    tensors = [*given.values(), *renamed.tensors.values()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 3
+    assert destinations(given, rules) == renamed.homes
+
+
+def test_a_shared_tensor_beside_one_of_a_places_own_are_two_sources() -> None:
+    rules = [Copy("shared", ("a", "b")), Move("own", "b")]
+    with pytest.raises(RenameError) as caught:
+        rename({"shared": torch.rand(2), "own": torch.rand(2)}, rules, {"a": (3,), "b": (2,)})
+    assert caught.value.twice == ("b",)
+    assert caught.value.misfits == (("a", (2,), (3,)),)
 
 
 def test_what_is_left_behind_has_a_reason() -> None:
@@ -277,7 +298,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez_compressed(tmp_path / "x.npz", a=np.zeros(100_000))
-    monkeypatch.setattr(pickles, "LARGEST", 10_000)
+    monkeypatch.setattr(containers, "LARGEST", 10_000)
     with pytest.raises(CheckpointError, match="would unpack to"):
         open_checkpoint(tmp_path / "x.npz")
 
@@ -378,6 +399,18 @@ def test_the_shapes_choose_the_recipe(originals: Path, tmp_path: Path, bundled: 
     assert weights.read(out).recipe.tree["proposer"]["kind"] == "atm_shrunk"
 
 
+def test_a_released_name_within_an_archive_counts(originals: Path, tmp_path: Path, bundled: None) -> None:
+    """Whatever the archive is called; models of two recipes may have the same shapes."""
+    tree = own_recipe("tiny").tree | {"published": {"checkpoint": "twin_1.pth"}}
+    (tmp_path / "twin.yaml").write_text(yaml.safe_dump(tree))
+    for name, recipe in (("run/twin_1.pth", "twin"), ("twin_2.pth", "tiny")):
+        with zipfile.ZipFile(tmp_path / "download.zip", "w") as archive:
+            archive.write(originals / "tiny.pth", name)
+        report = convert(tmp_path / "download.zip", None, tmp_path / "out.safetensors")
+        assert report.recipe == recipe
+        assert report.checkpoint == str(tmp_path / "download.zip")
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_the_number_of_classes_chooses_the_vocabulary(
     originals: Path, tmp_path: Path, bundled: None, given: bool
@@ -463,6 +496,27 @@ def test_files_of_no_known_origin_are_told_apart(tmp_path: Path) -> None:
         convert(tmp_path / "x.safetensors", None, tmp_path / "out.pth")
 
 
+@pytest.mark.parametrize(
+    ("tops", "told"),
+    [
+        (("neck", "rpn_head", "roi_head"), "neck, rpn_head, roi_head"),
+        (("neck", "bbox_head"), "neck, bbox_head"),
+        (("panoptic_head",), "panoptic_head"),
+    ],
+)
+def test_detection_s_copies_are_other_networks(tmp_path: Path, tops: tuple[str, ...], told: str) -> None:
+    own = ("level_embed", "spm.stem.0.weight", "interactions.0.injector.gamma", "blocks.0.attn.q_bias")
+    keys = [*(f"backbone.{key}" for key in own), *(f"{top}.conv.weight" for top in tops)]
+    path = tmp_path / "htc++_beit_adapter_large_fpn_3x_coco.pth.tar"
+    save_torch(path, {"state_dict": {key: torch.zeros(1) for key in keys}})
+    with pytest.raises(ConvertError) as caught:
+        convert(path, None, tmp_path / "out.safetensors")
+    assert str(caught.value) == (
+        f"{path}: a detector of mmdet's (it has {told}); detection's copies of ViT-Adapter and of its trunks are other "
+        "networks than those of segmentation, whatever their names; take a checkpoint of segmentation (decode_head)"
+    )
+
+
 def test_the_released_checkpoints_have_their_recipes() -> None:
     found = {file: recipe for file, recipe in released().items() if recipe.startswith("segvit")}
     assert found == {
@@ -537,7 +591,7 @@ def in_jax(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-FORMATS = {"mmseg.pth": in_mmseg, "timm.pth": in_timm, "jax.npz": in_jax}
+FORMATS = {"mmseg.pth": in_mmseg, "timm.pth": in_timm, "deit.pth": in_timm, "jax.npz": in_jax}
 
 
 def write_vit(folder: Path, file: str, ours: dict[str, torch.Tensor]) -> Path:
@@ -545,7 +599,7 @@ def write_vit(folder: Path, file: str, ours: dict[str, torch.Tensor]) -> Path:
     if file.endswith(".npz"):
         np.savez(folder / file, **{key: tensor.numpy() for key, tensor in tensors.items()})
     else:
-        save_torch(folder / file, tensors)
+        save_torch(folder / file, {"model": tensors} if file == "deit.pth" else tensors)
     return folder / file
 
 
@@ -560,6 +614,51 @@ def test_pretrained_vits_become_weights_for_a_trunk(tmp_path: Path, file: str) -
     loaded = weights.load_part(fresh, tmp_path / "out.safetensors", "proposer.backbone.trunk")
     assert (loaded.resized, loaded.reset, loaded.unused) == ((), (), ())
     assert all(torch.equal(tensor, vit.state_dict()[key]) for key, tensor in fresh.state_dict().items())
+
+
+def deit_recipe(side: int) -> Recipe:
+    """Whose trunk scales its branches, and has neither the class token in its blocks nor a norm behind them."""
+    trunk = {"kind": "vit", "size": [side, side], "width": 24, "depth": 2, "heads": 3, "patch": 16}
+    trunk |= {"layer_scale": 1.0, "final_norm": False, "class_token": False}
+    tree = {
+        "vocabulary": ["a", "b"],
+        "proposer": {"kind": "dense", "backbone": {"kind": "taps", "depths": [1], "trunk": trunk}},
+        "namer": {"kind": "given"},
+        "criterion": {"kind": "pixel"},
+    }
+    return Recipe(tree, "tiny.yaml")
+
+
+@pytest.mark.parametrize("side", [48, 64])
+@pytest.mark.parametrize("file", FORMATS)
+def test_a_trunk_may_scale_its_branches_though_no_release_does(tmp_path: Path, file: str, side: int) -> None:
+    """As ViT-Adapter's does on DeiT and AugReg: its scales begin with 1."""
+    vit, told, out = small_vit(), deit_recipe(side), tmp_path / "out.safetensors"
+    *resized, begun, use = convert(write_vit(tmp_path, file, vit.state_dict()), told, out).notes
+    scales = [f"vit.blocks.{index}.ls{branch}.gamma" for index in range(2) for branch in (1, 2)]
+    assert begun == f"note: tiny begins by itself what the checkpoint has not: {', '.join(scales)}"
+    assert resized == (["note: tiny resizes: vit.pos_embed"] if side == 64 else [])
+    experiment = Experiment(recipes.override(told, [use.split("`")[1].removeprefix("-s ")]))
+    trunk = experiment.segmenter().get_submodule("proposer.backbone.trunk").state_dict()
+    (loaded,) = experiment.loaded
+    assert set(loaded.reset) == set(scales)
+    assert set(loaded.unused) == {"vit.norm.weight", "vit.norm.bias"}
+    assert all((trunk[scale] == 1).all() for scale in scales)
+    assert all(torch.equal(trunk[key], vit.state_dict()[key]) for key in loaded.loaded)
+    assert ("vit.pos_embed" in loaded.loaded) == (side == 48)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_distilled_deit_is_refused(tmp_path: Path, head: bool) -> None:
+    tensors = in_timm(small_vit().state_dict()) | {"dist_token": torch.zeros(1, 1, 24)}
+    tensors |= {"head_dist.weight": torch.zeros(10, 24)} if head else {}
+    save_torch(tmp_path / "deit_tiny_distilled_patch16_224-b40b3cf7.pth", {"model": tensors})
+    with pytest.raises(ConvertError) as caught:
+        convert(tmp_path / "deit_tiny_distilled_patch16_224-b40b3cf7.pth", None, tmp_path / "out.safetensors")
+    assert str(caught.value) == (
+        f"{tmp_path / 'deit_tiny_distilled_patch16_224-b40b3cf7.pth'}: a distilled DeiT, whose second token (dist_token) "
+        "takes part in every block and has no place in this trunk; take the release of that size without distillation"
+    )
 
 
 def test_a_trunk_of_another_size_resizes_the_positions_and_says_so(tmp_path: Path) -> None:
@@ -591,6 +690,14 @@ def test_a_vit_that_is_not_whole_is_named(tmp_path: Path) -> None:
     save_torch(tmp_path / "x.pth", {key: tensor for key, tensor in tensors.items() if key != "pos_embed"})
     with pytest.raises(ConvertError, match=r"looks like a ViT of timm's, but has no 'pos_embed'"):
         convert(tmp_path / "x.pth", None, tmp_path / "out.safetensors")
+    for key, shape in (
+        ("pos_embed", (1, 0, 24)),
+        ("pos_embed", (1, 1, 24)),
+        ("patch_embed.proj.weight", (24, 3, 0, 0)),
+    ):
+        save_torch(tmp_path / "x.pth", tensors | {key: torch.zeros(shape)})
+        with pytest.raises(ConvertError, match=r"looks like a ViT of timm's, but its tensors have other axes"):
+            convert(tmp_path / "x.pth", None, tmp_path / "out.safetensors")
     save_torch(tmp_path / "x.pth", {key: tensor for key, tensor in tensors.items() if key != "blocks.1.norm2.bias"})
     with pytest.raises(ConvertError, match=r"without a source \(1\): vit\.blocks\.1\.norm2\.bias"):
         convert(tmp_path / "x.pth", None, tmp_path / "out.safetensors")

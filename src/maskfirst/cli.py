@@ -378,7 +378,9 @@ def check(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of one of the original projects.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint of one of the original projects, or a zip archive with one in it.")
+    ],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     recipe: Annotated[
         str | None, typer.Option(help="The recipe of its model; the bundled one that fits by default.")

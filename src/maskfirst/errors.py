@@ -12,3 +12,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest of `known`, or nothing where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def listed(words: Iterable[str], most: int = 10) -> str:
+    """The words with commas, or the first `most` of them and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

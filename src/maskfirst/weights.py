@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskfirst.contracts import PerClass, Resizable
-from maskfirst.errors import UserError, nearest
+from maskfirst.errors import UserError, listed, nearest
 from maskfirst.files import write_aside
 from maskfirst.recipe import Recipe
 from maskfirst.types import Vocabulary
@@ -27,8 +27,6 @@ RUN_FILES = ("best.safetensors", "last.safetensors")
 HUB_FILE = "model.safetensors"
 PICKLES = (".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".bin")
 _BUNDLED = Path(__file__).with_name("bundled")
-_MOST = 10
-"""Names listed of each kind of misfit."""
 
 
 class WeightsError(UserError):
@@ -74,11 +72,11 @@ class LoadReport:
             (self.unused, "of the file not used"),
         ):
             if count:
-                sentences.append(f"{len(count)} {what} ({_listed(count)})")
+                sentences.append(f"{len(count)} {what} ({listed(count)})")
         if self.kept:
-            sentences.append(f"the rows of {len(self.kept)} names carried over ({_listed(self.kept)})")
+            sentences.append(f"the rows of {len(self.kept)} names carried over ({listed(self.kept)})")
         if self.fresh:
-            sentences.append(f"those of {len(self.fresh)} at their initialisation ({_listed(self.fresh)})")
+            sentences.append(f"those of {len(self.fresh)} at their initialisation ({listed(self.fresh)})")
         return "; ".join(sentences) + "."
 
 
@@ -194,7 +192,7 @@ def check_fit(module: nn.Module, file: WeightsFile) -> None:
     ]
     wrong = (("missing", missing), ("extra", extra), ("misshaped", misshaped))
     if any(names for _, names in wrong):
-        faults = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in wrong if names)
+        faults = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in wrong if names)
         raise WeightsError(f"{file.path}: does not fit its own recipe: {faults}")
 
 
@@ -240,7 +238,7 @@ def load_part(
             value = pairs.carry(goal, value, rows[name])
             carried |= value is not None
         elif value is not None and value.shape != goal.shape:
-            fate, value = "resized", _resized(module, name, value, goal.shape)
+            fate, value = "resized", resized(module, name, value, goal.shape)
         if value is None:
             fate = "reset"
         else:
@@ -248,7 +246,7 @@ def load_part(
         fates[fate].append(name)
     if own and not fates["loaded"] and not fates["resized"]:
         tops = sorted({name.split(".")[0] for name in everything})
-        raise WeightsError(f"{path}: nothing in it fits {prefix or 'this model'}; it holds {_listed(tops)}")
+        raise WeightsError(f"{path}: nothing in it fits {prefix or 'this model'}; it holds {listed(tops)}")
     return LoadReport(
         str(source),
         prefix,
@@ -269,7 +267,7 @@ def require_same_vocabulary(model: Vocabulary, data: Vocabulary, where: str) -> 
     only_model = [name for name in model.names if name not in data.names]
     only_data = [name for name in data.names if name not in model.names]
     told = [
-        f"{whose}: {_listed(names, 3)}"
+        f"{whose}: {listed(names, 3)}"
         for whose, names in (("only the model knows", only_model), ("only the data", only_data))
         if names
     ]
@@ -348,7 +346,7 @@ class _Pairs:
         return result
 
 
-def _resized(module: nn.Module, name: str, found: Tensor, goal: torch.Size) -> Tensor | None:
+def resized(module: nn.Module, name: str, found: Tensor, goal: torch.Size) -> Tensor | None:
     """`found` in the shape `goal` of parameter `name`, by the innermost module around it that can carry it over."""
     around = [(place, part) for place, part in module.named_modules() if name.startswith(f"{place}." if place else "")]
     for place, part in reversed(around):
@@ -357,8 +355,3 @@ def _resized(module: nn.Module, name: str, found: Tensor, goal: torch.Size) -> T
             if fitted is not None and fitted.shape == goal:
                 return fitted
     return None
-
-
-def _listed(names: Sequence[str], most: int = _MOST) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -1,5 +1,6 @@
 """The catalogue: every origin that checkpoints may have, and the one way by which they become ours."""
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
-from maskfirst.contracts import Resizable
-from maskfirst.convert import eomt, mask2former, segvit, vit
+from maskfirst.convert import beit, eomt, mask2former, segvit, strangers, vit
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
-from maskfirst.errors import UserError
+from maskfirst.errors import UserError, listed
 from maskfirst.files import write_aside
 from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Vocabulary
 
 Tensors = Mapping[str, Tensor]
+_SHOWN = 5
+"""Keys or names of each kind that a line has."""
 
 
 class ConvertError(UserError):
@@ -46,19 +48,23 @@ class Whole:
 
 @dataclass(frozen=True)
 class Part:
-    """An origin of pretrained parts. `place`: where in a recipe such a part stands.
+    """An origin of pretrained parts. Its functions are given the foreign keys, or the tensors by them.
 
-    `build`: an equal part of ours, without memory; may raise LookupError. `rules` is told whether that part has a final norm.
+    `place`: where in a recipe such a part stands. `build`: an equal part of ours, without memory; may raise LookupError where
+    a key or an axis is missing, UserError for tensors that cannot be taken over. `begun`: what a recipe may add to such a
+    part, a regular expression of our keys; it keeps what the recipe begins it with.
     """
 
     name: str
     recognises: Callable[[Collection[str]], bool]
     place: str
     build: Callable[[Tensors], nn.Module]
-    rules: Callable[[bool], Sequence[Rule]]
+    rules: Callable[[Collection[str]], Sequence[Rule]]
+    begun: str = ""
 
 
 _TRUNK = "proposer.backbone.trunk"
+_SCALES = r"vit\.blocks\.\d+\.ls[12]\.gamma"
 ORIGINS: tuple[Whole | Part, ...] = (
     Whole("SegViT", segvit.recognises, lambda tensors: str(segvit.facts(tensors)), segvit.plan, segvit.rules),
     Whole("EoMT", eomt.recognises, lambda tensors: str(eomt.facts(tensors)), eomt.plan, eomt.rules),
@@ -69,9 +75,10 @@ ORIGINS: tuple[Whole | Part, ...] = (
         mask2former.plan,
         mask2former.rules,
     ),
-    Part("a ViT of mmseg's", vit.is_mmseg, _TRUNK, vit.MMSEG.build, vit.mmseg_rules),
-    Part("a ViT of AugReg's (JAX)", vit.is_jax, _TRUNK, vit.JAX.build, vit.jax_rules),
-    Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, vit.timm_rules),
+    Part("a ViT of mmseg's", vit.is_mmseg, _TRUNK, vit.MMSEG.build, lambda keys: vit.mmseg_rules(True), _SCALES),
+    Part("a ViT of AugReg's (JAX)", vit.is_jax, _TRUNK, vit.JAX.build, lambda keys: vit.jax_rules(), _SCALES),
+    Part("a BEiT", beit.recognises, _TRUNK, beit.build, beit.rules),
+    Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, lambda keys: vit.timm_rules(), _SCALES),
 )
 """The first that recognises a checkpoint's keys counts."""
 
@@ -106,7 +113,7 @@ class Report:
         reasons: dict[str, list[str]] = {}
         for key, reason in self.left.items():
             reasons.setdefault(reason, []).append(key)
-        lines += [f"left behind: {_some(keys)}: {reason}" for reason, keys in reasons.items()]
+        lines += [f"left behind: {listed(keys, _SHOWN)}: {reason}" for reason, keys in reasons.items()]
         return "\n".join([*lines, *self.notes, f"written: {self.out}"])
 
 
@@ -130,9 +137,12 @@ def convert(checkpoint: Path | str, recipe: Recipe | None, out: Path | str) -> R
     opened = open_checkpoint(checkpoint)
     origin = next((each for each in ORIGINS if each.recognises(opened.tensors.keys())), None)
     if origin is None:
+        stranger = strangers.told(opened.tensors.keys())
+        if stranger is not None:
+            raise ConvertError(f"{checkpoint}: {stranger}")
         tops = sorted({key.replace("/", ".").split(".")[0] for key in opened.tensors})
         known = ", ".join(each.name for each in ORIGINS)
-        raise ConvertError(f"{checkpoint}: of no known origin; it holds {_some(tops)}. Known: {known}.")
+        raise ConvertError(f"{checkpoint}: of no known origin; it holds {listed(tops, _SHOWN)}. Known: {known}.")
     if isinstance(origin, Whole):
         return _whole(checkpoint, opened, origin, recipe, out)
     return _part(checkpoint, opened.tensors, origin, recipe, out)
@@ -152,11 +162,11 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
     overrides: tuple[str, ...] = ()
     if recipe is None:
         if plan is None:
-            known = _some([f"{file} ({name})" for file, name in released().items()])
+            known = listed((f"{file} ({name})" for file, name in released().items()), _SHOWN)
             raise ConvertError(
                 f"{checkpoint}: {holds}, which no bundled recipe is; give its own with --recipe. Released are: {known}."
             )
-        plan = _named(checkpoint, tensors, origin) or plan
+        plan = _named((opened.name, checkpoint.name), tensors, origin) or plan
         recipe, overrides = recipes.load(*plan), plan[1]
     try:
         experiment, segmenter, renamed = _fitted(tensors, origin, recipe)
@@ -176,9 +186,10 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
     return Report(str(checkpoint), origin.name, holds, recipe.name, overrides, str(out), taken, left, notes)
 
 
-def _named(checkpoint: Path, tensors: Tensors, origin: Whole) -> tuple[str, tuple[str, ...]] | None:
-    """The recipe that was released under the file's name, if it fits: models for several tasks can have the same shapes."""
-    name = released().get(checkpoint.name)
+def _named(files: Sequence[str], tensors: Tensors, origin: Whole) -> tuple[str, tuple[str, ...]] | None:
+    """The recipe that was released under one of the names, if it fits: models for several tasks can have the same shapes."""
+    known = released()
+    name = next((known[file] for file in files if file in known), None)
     if name is None:
         return None
     try:
@@ -198,44 +209,58 @@ def _fitted(tensors: Tensors, origin: Whole, recipe: Recipe) -> tuple[Experiment
 def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | None, out: Path) -> Report:
     try:
         module = origin.build(tensors)
-    except LookupError as error:
+    except UserError as error:
+        raise ConvertError(f"{checkpoint}: {error}") from error
+    except (LookupError, ArithmeticError, ValueError) as error:
+        # Axes of no length, or that do not go together, which no network has.
         raise _lacking(checkpoint, origin.name, error) from error
-    shapes = _shapes(module)
     try:
-        renamed = rename(tensors, origin.rules("vit.norm.weight" in shapes), shapes)
+        renamed = rename(tensors, origin.rules(tensors.keys()), _shapes(module))
     except RenameError as error:
         raise ConvertError(f"{checkpoint}: {error}") from error
     ours = _as_ours(renamed, module)
-    if recipe is not None:
-        _check_place(checkpoint, ours, origin, recipe)
+    notes = () if recipe is None else _check_place(checkpoint, ours, origin, recipe)
     # A copy of its own each, as safetensors refuses tensors that share memory.
     copies = {key: tensor.contiguous().clone() for key, tensor in ours.items()}
     with write_aside(out) as aside:
         save_file(copies, aside, {"part": origin.place, "source": f"{checkpoint.name} ({origin.name})"})
     holds = f"{origin.name}, {len(ours)} tensors without a head"
     note = f"use: `-s {origin.place}.weights={out}`, or the key `weights` at that place of any recipe that it fits"
-    return Report(str(checkpoint), origin.name, holds, None, (), str(out), len(renamed.homes), renamed.left, (note,))
+    return Report(
+        str(checkpoint), origin.name, holds, None, (), str(out), len(renamed.homes), renamed.left, (*notes, note)
+    )
 
 
-def _check_place(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) -> None:
-    """Raises ConvertError unless the recipe has such a part, all of whose tensors are here or can be resized from here."""
+def _check_place(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) -> tuple[str, ...]:
+    """What loading it there will do beside taking over.
+
+    Raises ConvertError unless the recipe has such a part, all of whose tensors are here, can be resized from here or begin on
+    their own.
+    """
     places = dict(Experiment(recipe).segmenter(meta=True).named_modules())
     if origin.place not in places:
         raise ConvertError(f"{checkpoint}: {origin.name}, and {recipe.name} has no {origin.place} to put it in")
     part = places[origin.place]
-    wrong = []
+    wrong, resized, begun = [], [], []
     for name, goal in part.state_dict().items():
         found = ours.get(name)
-        if found is not None and found.shape != goal.shape and isinstance(part, Resizable):
-            found = part.resize_from(name, found)
-        if found is None or found.shape != goal.shape:
-            told = "missing" if name not in ours else f"{list(ours[name].shape)} for {list(goal.shape)}"
-            wrong.append(f"{name} {told}")
+        if found is None:
+            if re.fullmatch(origin.begun, name):
+                begun.append(name)
+            else:
+                wrong.append(f"{name} missing")
+        elif found.shape != goal.shape:
+            if weights.resized(part, name, found, goal.shape) is None:
+                wrong.append(f"{name} {list(found.shape)} for {list(goal.shape)}")
+            else:
+                resized.append(name)
     if wrong:
-        raise ConvertError(f"{checkpoint}: does not fit {origin.place} of {recipe.name}: {_some(wrong)}")
+        raise ConvertError(f"{checkpoint}: does not fit {origin.place} of {recipe.name}: {listed(wrong, _SHOWN)}")
+    fates = ((resized, "resizes"), (begun, "begins by itself what the checkpoint has not"))
+    return tuple(f"note: {recipe.name} {what}: {listed(names, _SHOWN)}" for names, what in fates if names)
 
 
-def _lacking(checkpoint: Path, origin: str, error: LookupError) -> ConvertError:
+def _lacking(checkpoint: Path, origin: str, error: Exception) -> ConvertError:
     what = f"has no {error}" if isinstance(error, KeyError) else "its tensors have other axes"
     return ConvertError(f"{checkpoint}: looks like {origin}, but {what}; is it whole?")
 
@@ -262,13 +287,8 @@ def _name_notes(beside: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[str,
         return (
             f"note: it names {len(told)} classes, and the recipe {len(vocabulary)}; look whether they are the same",
         )
-    return (f"note: {len(other)} classes have other names: {_some(other)}",) if other else ()
+    return (f"note: {len(other)} classes have other names: {listed(other, _SHOWN)}",) if other else ()
 
 
 def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
-
-
-def _some(words: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more

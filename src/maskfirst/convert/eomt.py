@@ -11,7 +11,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from maskfirst.convert.rename import Join, Leave, Move, Rule
+from maskfirst.convert.rename import Join, Leave, Move, Rule, count
 from maskfirst.errors import UserError
 
 ORIGINAL = "network.encoder.backbone."
@@ -96,7 +96,7 @@ def facts(tensors: Mapping[str, Tensor]) -> Facts:
         classes=names.shape[0] - 1,
         side=None if table is None or kernel is None else isqrt(table.shape[0]) * kernel.shape[-1],
         width=queries.shape[1],
-        depth=len({match[1] for key in tensors if (match := re.fullmatch(block, key))}),
+        depth=count(tensors, block),
         queries=queries.shape[0],
         blocks=chances.shape[0],
     )

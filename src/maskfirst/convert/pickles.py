@@ -1,5 +1,6 @@
 """Opening the files of other projects as data: tensors by name and plain values, and no code, whatever they ask for."""
 
+import argparse
 import collections
 import pickle
 import re
@@ -13,37 +14,38 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
-from maskfirst.errors import UserError, nearest
+from maskfirst.convert import containers
+from maskfirst.convert.containers import CheckpointError, Content, damaged
+from maskfirst.errors import nearest
 
-LARGEST = 64 * 2**30
-"""Bytes that an archive may unpack to; the largest released checkpoints of these methods have 5 GB."""
-WRAPPERS = ("state_dict", "model")
+WRAPPERS = ("state_dict", "model", "module")
 """Under these keys the projects keep the tensors, beside what else they save."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be opened, or that is refused."""
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """What a file holds: `tensors` by its own keys, and `beside` them, as it came, what lay around them."""
+    """What a file holds: `tensors` by its own keys, and `beside` them, as it came, what lay around them.
+
+    `name`: of the file that has them, which may have lain in an archive.
+    """
 
     tensors: dict[str, Tensor]
     beside: dict[str, Any]
+    name: str
 
 
 def open_checkpoint(path: Path | str) -> Opened:
     """The tensors of a file, on the CPU, by its suffix. Raises CheckpointError in one line.
 
-    `.safetensors`; `.pth`, `.pt`, `.bin`, `.ckpt` of torch, with plain types beside the tensors; `.pkl` of NumPy arrays in
-    plain containers; `.npz`. A file that asks for anything else is refused and never opened another way.
+    `.safetensors`; `.pth`, `.pth.tar`, `.pt`, `.bin`, `.ckpt` of torch, with plain types beside the tensors; `.pkl` of NumPy
+    arrays in plain containers; `.npz`; and a `.zip` with one of these in it. A file that asks for anything else is refused
+    and never opened another way.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
+    suffix = containers.suffix(path.name, _READERS)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
     if not path.is_file():
@@ -51,24 +53,23 @@ def open_checkpoint(path: Path | str) -> Opened:
     if suffix not in _READERS:
         known = ", ".join(_READERS)
         raise CheckpointError(f"{path}: suffix '{suffix}' is not known.{nearest(suffix, _READERS)} Known: {known}.")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path}: the file is empty; fetch it again")
     with warnings.catch_warnings():
         # Old checkpoints make torch and NumPy warn about their own past; nothing there is ours to act on.
         warnings.simplefilter("ignore")
-        content = _READERS[suffix](path)
+        file = containers.find(path, _READERS)
+        content = _READERS[containers.suffix(file.name, _READERS)](file)
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__} and no tensors by name")
+        raise CheckpointError(f"{file.place}: holds a {type(content).__name__} and no tensors by name")
     beside: dict[str, Any] = {}
     for wrapper in WRAPPERS:
         if isinstance(content.get(wrapper), Mapping):
             beside = {str(key): value for key, value in content.items() if key != wrapper}
             content = content[wrapper]
             break
-    tensors = {str(key): _tensor(value, f"{path}: {key}") for key, value in content.items()}
+    tensors = {str(key): _tensor(value, f"{file.place}: {key}") for key, value in content.items()}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors")
-    return Opened(tensors, beside)
+        raise CheckpointError(f"{file.place}: holds no tensors")
+    return Opened(tensors, beside, file.name)
 
 
 def _tensor(value: Any, place: str) -> Tensor:
@@ -84,31 +85,18 @@ def _tensor(value: Any, place: str) -> Tensor:
     return value.detach()
 
 
-def _damaged(path: Path, error: BaseException) -> CheckpointError:
-    told = " ".join(str(error).split()) or type(error).__name__
-    return CheckpointError(f"{path}: damaged, or not what its suffix says ({told[:160]}); fetch it again")
-
-
-def _refused(path: Path, name: str) -> CheckpointError:
+def _refused(file: Content, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: refused, it asks for '{name}', which could run code; "
+        f"{file.place}: refused, it asks for '{name}', which could run code; "
         "ask its publisher for a file of tensors alone (.safetensors)"
     )
 
 
-def _safetensors(path: Path) -> Any:
+def _safetensors(file: Content) -> Any:
     try:
-        return load_file(path)
+        return load_file(file.data) if isinstance(file.data, Path) else load(file.data.getvalue())
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses an archive that would unpack to far more than it weighs."""
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-    if size > LARGEST:
-        raise CheckpointError(f"{path}: would unpack to {size / 2**30:.0f} GiB; the limit is {LARGEST / 2**30:.0f}")
+        raise damaged(file.place, error) from error
 
 
 def _empty_array(kind: type, shape: tuple[int, ...], code: str | bytes) -> np.ndarray:
@@ -130,6 +118,7 @@ def _latin(text: str, encoding: str) -> bytes:
 
 
 _PLAIN: dict[str, Any] = {
+    "argparse.Namespace": argparse.Namespace,
     "collections.OrderedDict": collections.OrderedDict,
     "_codecs.encode": _latin,
     "numpy.ndarray": np.ndarray,
@@ -161,59 +150,59 @@ class _Asked(Exception):  # noqa: N818 - not an error but a finding
     """The name that a pickle asks for and may not have."""
 
 
-def _pickled(path: Path) -> Any:
+def _pickled(file: Content) -> Any:
     try:
-        with open(path, "rb") as file:
+        with file.open() as stream:
             # Pickles of Python 2 hold their bytes as text.
-            return _Plain(file, encoding="latin1").load()
+            return _Plain(stream, encoding="latin1").load()
     except _Asked as asked:
-        raise _refused(path, str(asked)) from None
+        raise _refused(file, str(asked)) from None
     except Exception as error:
         # A torn or made-up pickle can raise anything from EOFError to MemoryError.
-        raise _damaged(path, error) from error
+        raise damaged(file.place, error) from error
 
 
-def _torch(path: Path) -> Any:
+def _torch(file: Content) -> Any:
     # The kinds of numbers that NumPy's pickles fill in; their classes have no names of their own to ask for.
     dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
-    plain = [(made, name) for name, made in _PLAIN.items() if name.startswith("numpy.")]
+    # Torch knows the other two.
+    plain = [(made, name) for name, made in _PLAIN.items() if name.startswith(("argparse.", "numpy."))]
     try:
-        if zipfile.is_zipfile(path):
-            _check_archive(path)
-        with torch.serialization.safe_globals([*plain, *dtypes]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(file.data):
+            containers.check_archive(file)
+        with torch.serialization.safe_globals([*plain, *dtypes]), file.open() as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
-            raise _refused(path, asked[1]) from error
+            raise _refused(file, asked[1]) from error
         if "TorchScript" in str(error):
-            raise _refused(path, "TorchScript") from error
+            raise _refused(file, "TorchScript") from error
         # A torn archive makes torch raise anything from EOFError to KeyError; its long advice is to load unsafely.
         reason = re.search(r"WeightsUnpickler error: ([^.\n]*)", str(error))
-        raise _damaged(path, pickle.UnpicklingError(reason[1] if reason else type(error).__name__)) from error
+        raise damaged(file.place, pickle.UnpicklingError(reason[1] if reason else type(error).__name__)) from error
 
 
-def _numpy(path: Path) -> Any:
+def _numpy(file: Content) -> Any:
     try:
-        _check_archive(path)
-        with np.load(path, allow_pickle=False) as archive:
+        containers.check_archive(file)
+        with file.open() as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except CheckpointError:
         raise
     except Exception as error:
         if "allow_pickle" in str(error):
-            raise _refused(path, "pickle") from error
-        raise _damaged(path, error) from error
+            raise _refused(file, "pickle") from error
+        raise damaged(file.place, error) from error
 
 
-_READERS: dict[str, Callable[[Path], Any]] = {
+_READERS: dict[str, Callable[[Content], Any]] = {
     ".safetensors": _safetensors,
-    ".pth": _torch,
-    ".pt": _torch,
-    ".bin": _torch,
-    ".ckpt": _torch,
+    **dict.fromkeys(containers.TORCH, _torch),
     ".pkl": _pickled,
     ".npz": _numpy,
+    containers.ZIP: _torch,
 }
+"""By suffix. What has come out of a zip archive has one of its own; one that is itself to be read is torch's."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskfirst.errors import UserError
+from maskfirst.errors import UserError, listed
 
 SHOWN = 10
 """Keys of each kind that an error's line names; its attributes have them all."""
@@ -30,6 +30,14 @@ class Move:
 @dataclass(frozen=True)
 class Split:
     """One foreign tensor, cut into equal parts along its first axis, becomes the keys `to`, in order."""
+
+    match: str
+    to: tuple[Template, ...]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One foreign tensor, which several places share there, becomes each of the keys `to`."""
 
     match: str
     to: tuple[Template, ...]
@@ -57,7 +65,7 @@ class Leave:
     reason: str
 
 
-Rule = Move | Split | Join | Leave
+Rule = Move | Split | Copy | Join | Leave
 
 
 class Misfit(NamedTuple):
@@ -99,13 +107,8 @@ class RenameError(UserError):
             ("of another shape", [str(misfit) for misfit in self.misfits]),
             ("keys of the model with two sources", self.twice),
         )
-        told = [f"{what} ({len(keys)}): {_some(keys)}" for what, keys in parts if keys]
+        told = [f"{what} ({len(keys)}): {listed(keys, SHOWN)}" for what, keys in parts if keys]
         super().__init__(f"the checkpoint does not fit the model: {'; '.join(told)}")
-
-
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + more
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +185,11 @@ def destinations(keys: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[
     return {key: found[1] for key, found in led.items() if found is not None}
 
 
+def count(keys: Iterable[str], match: str) -> int:
+    """How many numbers, or other words, stand in the first group of the keys that fit `match` whole: blocks, for example."""
+    return len({found[1] for key in keys if (found := re.fullmatch(match, key))})
+
+
 def _compiled(rules: Iterable[Rule]) -> list[tuple[re.Pattern[str], Rule]]:
     return [(re.compile(rule.match), rule) for rule in rules]
 
@@ -193,7 +201,7 @@ def _led(key: str, compiled: Sequence[tuple[re.Pattern[str], Rule]]) -> tuple[Ru
     if found is None:
         return None
     rule, match = found
-    templates = () if isinstance(rule, Leave) else rule.to if isinstance(rule, Split) else (rule.to,)
+    templates = () if isinstance(rule, Leave) else rule.to if isinstance(rule, Split | Copy) else (rule.to,)
     return rule, tuple(_filled(template, match) for template in templates)
 
 
@@ -201,8 +209,10 @@ def _filled(template: Template, match: re.Match[str]) -> str:
     return match.expand(template) if isinstance(template, str) else template(match)
 
 
-def _made(rule: Move | Split | Join, tensor: Tensor) -> tuple[Tensor, ...] | None:
+def _made(rule: Move | Split | Copy | Join, tensor: Tensor) -> tuple[Tensor, ...] | None:
     """The tensor as its rule wants it, in pieces of their own memory; None where its shape does not allow that."""
+    if isinstance(rule, Copy):
+        return tuple(tensor.clone() for _ in rule.to)
     if isinstance(rule, Split):
         count = len(rule.to)
         if tensor.ndim == 0 or tensor.shape[0] % count:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from maskfirst.convert.rename import Leave, Move, Rule, Split
+from maskfirst.convert.rename import Leave, Move, Rule, Split, count
 from maskfirst.convert.vit import mmseg_rules
 
 Structure = Literal["cascade", "shrunk"]
@@ -86,15 +86,11 @@ def facts(tensors: Mapping[str, Tensor]) -> Facts:
         side=isqrt(tensors["backbone.pos_embed"].shape[1] - 1) * projection.shape[-1],
         patch=projection.shape[-1],
         width=projection.shape[0],
-        depth=_count(tensors, r"backbone\.layers\.(\d+)\..*"),
+        depth=count(tensors, r"backbone\.layers\.(\d+)\..*"),
         head_width=tensors["decode_head.q.weight"].shape[1],
-        stages=_count(tensors, r"decode_head\.decoder_(\d+)\..*"),
-        layers=_count(tensors, rf"{re.escape(head)}decoder_1\.layers\.(\d+)\..*"),
+        stages=count(tensors, r"decode_head\.decoder_(\d+)\..*"),
+        layers=count(tensors, rf"{re.escape(head)}decoder_1\.layers\.(\d+)\..*"),
     )
-
-
-def _count(keys: Collection[str], numbered: str) -> int:
-    return len({match[1] for key in keys if (match := re.fullmatch(numbered, key))})
 
 
 def rules(keys: Collection[str]) -> list[Rule]:

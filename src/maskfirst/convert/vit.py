@@ -1,9 +1,8 @@
-"""Weights of plain ViTs alone, as mmseg, Google's JAX AugReg and timm keep them: what SegViT's training starts from.
+"""Weights of plain ViTs alone, as mmseg, Google's JAX AugReg and timm keep them, and DeiT as timm: what training starts from.
 
-Steiner et al., "How to train your ViT?", 2021.
+Steiner et al., "How to train your ViT?", 2021; Touvron et al., "Training data-efficient image transformers", 2021.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isqrt
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from maskfirst.backbones.vit import TimmViT
-from maskfirst.convert.rename import Join, Leave, Move, Rule
+from maskfirst.convert.rename import Join, Leave, Move, Rule, count
+from maskfirst.errors import UserError
 
-_NO_HEAD = "the head of its image classification"
+NO_HEAD = "the head of its image classification"
 _NO_NORM = "the norm after the last block, which this model does not have"
 
 
@@ -29,36 +29,39 @@ class Layout:
     norm: str
 
     def build(self, tensors: Mapping[str, Tensor]) -> TimmViT:
-        """A ViT of that size, without memory. Raises LookupError where a key or an axis of every ViT is missing."""
+        """A ViT of that size, without memory.
+
+        Raises LookupError where a key or an axis of every ViT is missing, UserError for a distilled one.
+        """
+        if "dist_token" in tensors:
+            raise UserError(
+                "a distilled DeiT, whose second token (dist_token) takes part in every block and has no place in this trunk; "
+                "take the release of that size without distillation"
+            )
         kernel = tensors[self.kernel]
         patch = kernel.shape[2] if self.channels == 0 else kernel.shape[0]
         side = isqrt(tensors[self.positions].shape[1] - 1) * patch
-        blocks = {match[1] for key in tensors if (match := re.match(self.block, key))}
         with torch.device("meta"):
             # The number of heads does not show in the tensors.
             return TimmViT(
                 (side, side),
                 width=kernel.shape[self.channels],
-                depth=len(blocks),
+                depth=count(tensors, self.block),
                 heads=1,
                 patch=patch,
                 final_norm=self.norm in tensors,
             )
 
 
-MMSEG = Layout("patch_embed.projection.weight", 0, "pos_embed", r"layers\.(\d+)\.", "ln1.weight")
+MMSEG = Layout("patch_embed.projection.weight", 0, "pos_embed", r"layers\.(\d+)\..*", "ln1.weight")
 JAX = Layout(
     "embedding/kernel",
     3,
     "Transformer/posembed_input/pos_embedding",
-    r"Transformer/encoderblock_(\d+)/",
+    r"Transformer/encoderblock_(\d+)/.*",
     "Transformer/encoder_norm/scale",
 )
-TIMM = Layout("patch_embed.proj.weight", 0, "pos_embed", r"blocks\.(\d+)\.", "norm.weight")
-
-
-def _final_norm(match: str, to: str, final_norm: bool) -> Rule:
-    return Move(match, to) if final_norm else Leave(match, _NO_NORM)
+TIMM = Layout("patch_embed.proj.weight", 0, "pos_embed", r"blocks\.(\d+)\..*", "norm.weight")
 
 
 def is_mmseg(keys: Collection[str]) -> bool:
@@ -78,8 +81,8 @@ def mmseg_rules(final_norm: bool, foreign: str = "", ours: str = "") -> list[Rul
         Move(rf"{block}\.attn\.attn\.out_proj\.{kind}", rf"{here}blocks.\1.attn.proj.\2"),
         Move(rf"{block}\.ffn\.layers\.0\.0\.{kind}", rf"{here}blocks.\1.mlp.fc1.\2"),
         Move(rf"{block}\.ffn\.layers\.1\.{kind}", rf"{here}blocks.\1.mlp.fc2.\2"),
-        _final_norm(rf"{there}ln1\.{kind}", rf"{here}norm.\1", final_norm),
-        Leave(rf"{there}(head|pre_logits)\..*", _NO_HEAD),
+        Move(rf"{there}ln1\.{kind}", rf"{here}norm.\1") if final_norm else Leave(rf"{there}ln1\.{kind}", _NO_NORM),
+        Leave(rf"{there}(head|pre_logits)\..*", NO_HEAD),
     ]
 
 
@@ -108,7 +111,7 @@ def _images_first(kernel: Tensor) -> Tensor:
     return kernel.permute(3, 2, 0, 1)
 
 
-def jax_rules(final_norm: bool) -> list[Rule]:
+def jax_rules() -> list[Rule]:
     """From the arrays of an AugReg `.npz` to `TimmViT`."""
     block = r"Transformer/encoderblock_(\d+)"
     attention = rf"{block}/MultiHeadDotProductAttention_1"
@@ -119,9 +122,9 @@ def jax_rules(final_norm: bool) -> list[Rule]:
         Move(r"embedding/bias", "vit.patch_embed.proj.bias"),
         Move(rf"{attention}/out/kernel", r"vit.blocks.\1.attn.proj.weight", _heads_in),
         Move(rf"{attention}/out/bias", r"vit.blocks.\1.attn.proj.bias"),
-        _final_norm(r"Transformer/encoder_norm/scale", "vit.norm.weight", final_norm),
-        _final_norm(r"Transformer/encoder_norm/bias", "vit.norm.bias", final_norm),
-        Leave(r"(head|pre_logits)/.*", _NO_HEAD),
+        Move(r"Transformer/encoder_norm/scale", "vit.norm.weight"),
+        Move(r"Transformer/encoder_norm/bias", "vit.norm.bias"),
+        Leave(r"(head|pre_logits)/.*", NO_HEAD),
     ]
     for part, name in enumerate(("query", "key", "value")):
         qkv = r"vit.blocks.\1.attn.qkv"
@@ -138,14 +141,13 @@ def jax_rules(final_norm: bool) -> list[Rule]:
 
 
 def is_timm(keys: Collection[str]) -> bool:
-    """Whether these are the keys of timm's VisionTransformer."""
-    return "blocks.0.attn.qkv.weight" in keys and "patch_embed.proj.weight" in keys
+    """Whether these are the keys of timm's VisionTransformer, as DeiT's releases are; BEiT's have other biases."""
+    return {"blocks.0.attn.qkv.bias", "patch_embed.proj.weight"} <= set(keys)
 
 
-def timm_rules(final_norm: bool) -> list[Rule]:
-    """From timm's VisionTransformer, SETR's `jx` files too, to `TimmViT`."""
+def timm_rules() -> list[Rule]:
+    """From timm's VisionTransformer, DeiT's releases and SETR's `jx` files too, to `TimmViT`."""
     return [
-        Move(r"(cls_token|pos_embed|(patch_embed|blocks)\..*)", r"vit.\1"),
-        _final_norm(r"norm\.(weight|bias)", r"vit.norm.\1", final_norm),
-        Leave(r"(head|pre_logits|fc_norm)\..*", _NO_HEAD),
+        Move(r"(cls_token|pos_embed|(patch_embed|blocks|norm)\..*)", r"vit.\1"),
+        Leave(r"(head|pre_logits|fc_norm)\..*", NO_HEAD),
     ]

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from maskfirst.data.coding import UNKNOWN, Code, Coding, distinct, first
 from maskfirst.data.folder import Pair, Paired
 from maskfirst.data.images import ImageError, read_image, read_label_map
 from maskfirst.draw import contact_sheet
-from maskfirst.errors import UserError
+from maskfirst.errors import UserError, listed
 from maskfirst.files import write_aside
 from maskfirst.types import VOID, Sample, Vocabulary
 
@@ -207,10 +207,11 @@ def _lone_files(split: str, dataset: Paired) -> Iterator[Problem]:
     listing = dataset.listing
     count = len(listing.pairs) + len(listing.images)
     if listing.images:
+        some = listed((path.name for path in listing.images), 3)
         yield Problem(
             "no label",
             split,
-            f"images without a label map: {len(listing.images)} of {count} ({_some(path.name for path in listing.images)})",
+            f"images without a label map: {len(listing.images)} of {count} ({some})",
             "add the label maps, named as their images, or remove the images",
             tuple(map(str, listing.images)),
         )
@@ -218,7 +219,7 @@ def _lone_files(split: str, dataset: Paired) -> Iterator[Problem]:
         yield Problem(
             "no image",
             split,
-            f"label maps without an image: {len(listing.labels)} ({_some(path.name for path in listing.labels)})",
+            f"label maps without an image: {len(listing.labels)} ({listed((path.name for path in listing.labels), 3)})",
             "add the images or remove the label maps; training leaves them out",
             tuple(map(str, listing.labels)),
         )
@@ -228,17 +229,18 @@ def _broken(split: str, looks: Sequence[_Look]) -> Iterator[Problem]:
     broken = [(look.place, message) for look in looks for message in look.broken]
     if len(broken) > _MANY:
         messages = [message for _, message in broken]
-        told = f"files that cannot be read: {len(broken)} ({_some(messages)})"
+        told = f"files that cannot be read: {len(broken)} ({listed(messages, 3)})"
         yield Problem("unreadable", split, told, "replace or remove them", tuple(messages))
     else:
         for place, message in broken:
             yield Problem("unreadable", split, message, "replace or remove it", (place,))
     misfits = [look for look in looks if look.misfit]
     if misfits:
+        some = listed((look.misfit or "" for look in misfits), 3)
         yield Problem(
             "size",
             split,
-            f"label maps of another size than their images: {len(misfits)} ({_some(look.misfit or '' for look in misfits)})",
+            f"label maps of another size than their images: {len(misfits)} ({some})",
             "save the label maps at the size of their images",
             tuple(look.place for look in misfits),
         )
@@ -251,7 +253,7 @@ def _wrong(split: str, looks: Sequence[_Look], odd: Mapping[str, int]) -> Iterat
         yield Problem(
             "annotation",
             split,
-            f"pictures whose annotations are wrong: {len(wrong)} of {len(looks)} ({_some(wrong)})",
+            f"pictures whose annotations are wrong: {len(wrong)} of {len(looks)} ({listed(wrong, 3)})",
             "correct the annotations, or leave the pictures out; training ends at the first",
             tuple(wrong),
         )
@@ -272,7 +274,7 @@ def _unknown(split: str, coding: Code, looks: Sequence[_Look]) -> Iterator[Probl
     yield Problem(
         kind,
         split,
-        f"no class of {coding}: {_some((coding.name(number) for number in numbers), 5)} "
+        f"no class of {coding}: {listed((coding.name(number) for number in numbers), 5)} "
         f"in {len(guilty)} of {len(looks)} label maps ({pixels} px), first{named} at (y {y}, x {x}) of {guilty[0].place}",
         remedy,
         tuple(look.place for look in guilty),
@@ -287,7 +289,7 @@ def _setting(coding: Code, unknown: list[int], seen: set[int]) -> tuple[Kind, st
     if coding.colors:
         return "value", "give the vocabulary the colours that the label maps are painted in, black for no class"
     if coding.ids is not None:
-        return "value", f"add to `ids` what {_some(map(str, unknown), 5)} stand for, null for no class"
+        return "value", f"add to `ids` what {listed(map(str, unknown), 5)} stand for, null for no class"
     classes = seen - {coding.ignore}
     shifts = [
         shift
@@ -368,7 +370,7 @@ def _absent(split: str, frequencies: Sequence[Frequency]) -> Iterator[Problem]:
         yield Problem(
             "absent",
             split,
-            f"classes that never occur: {len(missing)} of {len(frequencies)} ({_some(missing, 5)})",
+            f"classes that never occur: {len(missing)} of {len(frequencies)} ({listed(missing, 5)})",
             "they can be neither learned nor scored here: add pictures that show them, or leave them out of the vocabulary",
             tuple(missing),
         )
@@ -383,7 +385,7 @@ def _leaks(looks: Mapping[str, Sequence[_Look]]) -> Iterator[Problem]:
             yield Problem(
                 "leak",
                 f"{one}, {other}",
-                f"pictures that are in both splits: {len(same)} ({_some(pairs)})",
+                f"pictures that are in both splits: {len(same)} ({listed(pairs, 3)})",
                 f"remove them from one, or the score on {other} says little",
                 tuple(itertools.chain.from_iterable(same)),
             )
@@ -416,8 +418,3 @@ def _draw(dataset: Dataset, path: Path) -> Path | None:
     with write_aside(path) as aside:
         page.save(aside, "PNG")
     return path
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
