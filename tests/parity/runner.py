@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import mask2former
+from . import mask2former, upernet
 from .rows import Row, failed
 from .tables import FILES
 from .variant import variant
 
 PROSE = {".md", ".txt"}
+KINDS = mask2former.KINDS | upernet.KINDS
+"""What a config.json says it is of -> what compares it."""
 
 
 def run(folder: Path) -> list[Row]:
@@ -42,7 +44,7 @@ def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
         return lambda folder, path: variant(folder, path.stem)
     if path.name == "meta.json" and mask2former.is_operator(told):
         return mask2former.operator
-    return mask2former.KINDS.get(told.get("kind", "")) if path.name == "config.json" else None
+    return KINDS.get(told.get("kind", "")) if path.name == "config.json" else None
 
 
 def _told(path: Path) -> dict[str, Any]:
