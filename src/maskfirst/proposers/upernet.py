@@ -44,7 +44,7 @@ class ConvNorm(nn.Module):
 
     def _normed(self, mixed: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
         norm = self.norm
-        # Norms that processes share see the values of the others, too.
+        # Other norms are those that processes share, which see the values of all.
         if self.training and mixed[:, 0].numel() == 1 and type(norm) is nn.BatchNorm2d:
             return F.batch_norm(mixed, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         return norm(mixed)
