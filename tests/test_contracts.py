@@ -25,6 +25,7 @@ TRIOS = (
     ("eomt", "class_head", "set"),
     ("dense", "given", "pixel"),
     ("dense", "oracle", "pixel"),
+    ("upernet", "given", "pixel"),
     ("oracle", "given", "pixel"),
 )
 """Proposer, namer, criterion. Every kind of the three menus is in one of them; a new kind needs its line here."""

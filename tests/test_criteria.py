@@ -108,6 +108,18 @@ def test_pixel_is_cross_entropy_over_labelled_pixels() -> None:
         Pixel()(Proposals(masks), one_name_each(masks), [Segments.from_label_map(labels)])
 
 
+def test_pixel_averages_over_all_pixels_where_asked_to() -> None:
+    masks = torch.randn(2, 3, 1, 3, generator=torch.Generator().manual_seed(0))
+    guess = Proposals(masks, competing=True, names=one_name_each(masks), weight=0.4)
+    labels = torch.tensor([[[0, VOID, 2]], [[VOID, VOID, 1]]])
+    losses = Pixel("all")(guess, one_name_each(masks), [Segments.from_label_map(each) for each in labels])
+    expected = 0.4 * F.cross_entropy(masks, labels, ignore_index=VOID, reduction="none").mean()
+    torch.testing.assert_close(losses["ce"], expected)
+    torch.testing.assert_close(
+        Pixel()(guess, one_name_each(masks), [Segments.from_label_map(each) for each in labels])["ce"], expected * 2
+    )
+
+
 def test_fixed_refuses_several_segments_of_a_class() -> None:
     guess, names = proposals()
     one = truth([[0, 2]])[0]

@@ -31,7 +31,7 @@ FLOORS = (
         "data",
         "formats",
     },
-    {"optim", "training", "ranks", "loggers", "stream", "memory"},
+    {"optim", "training", "ranks", "loggers", "stream", "memory", "sync_norm"},
     {"segmenter"},
     {"recipe", "build", "weights"},
     {"train", "phase", "checkpoint", "callback", "evaluate", "score", "predict", "outputs", "cost"},

@@ -190,6 +190,17 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert told.count("trained 6 steps") == 1
 
 
+def test_batch_norms_see_the_pictures_of_all_processes(tmp_path: Path) -> None:
+    # Adam would follow the rounding that is all the gradient of a bias before a norm.
+    tree = tiny_parts.recipe(**RICH, optimizer={"kind": "sgd", "lr": 0.1})
+    tree["proposer"]["norm"] = True
+    pair = start(tree, tmp_path / "two", "--devices", "2")
+    run(tree, tmp_path / "one")
+    told = pair.communicate(timeout=120)[1].decode()
+    assert pair.returncode == 0, told
+    assert_equal(state_of(tmp_path / "one"), state_of(tmp_path / "two"), 2e-5)
+
+
 def start(tree: dict[str, Any], out: Path, *options: str) -> subprocess.Popen[bytes]:
     """A training in an interpreter of its own."""
     out.parent.mkdir(exist_ok=True, parents=True)

@@ -17,14 +17,17 @@ VOCABULARY = Vocabulary(("dark", "light"), frozenset(), ((0, 0, 0), (255, 255, 2
 
 
 class TinyProposer(Proposer):
-    """One mask a class from two convolutions, with dropout and a buffer that counts; `explode`: NaN from that progress on."""
+    """One mask a class from two convolutions, with dropout and a buffer that counts; `explode`: NaN from that progress on.
+
+    `norm`: a batch norm between them also where there is no dropout.
+    """
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "tiny_parts:TinyProposer"}
 
-    def __init__(self, dropout: float = 0.0, silent: bool = False, explode: float = 2.0) -> None:
+    def __init__(self, dropout: float = 0.0, silent: bool = False, explode: float = 2.0, norm: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1)])
-        self.norm = nn.BatchNorm2d(4) if dropout else nn.Identity()
+        self.norm = nn.BatchNorm2d(4) if dropout or norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Conv2d(4, 2, 1)
         if silent:

@@ -40,6 +40,7 @@ MENUS: dict[type, dict[str, str]] = {
         "eomt": "maskfirst.proposers.eomt:EoMT",
         "mask2former": "maskfirst.proposers.mask2former:Mask2Former",
         "oracle": "maskfirst.proposers.oracle:OracleProposer",
+        "upernet": "maskfirst.proposers.upernet:UperNet",
     },
     Namer: {
         "class_head": "maskfirst.namers.class_head:ClassHead",

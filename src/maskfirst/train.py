@@ -21,6 +21,7 @@ from maskfirst.optim import Average
 from maskfirst.phase import NonFiniteError, Ordinary, Phase, rehearse, take_turns
 from maskfirst.segmenter import Segmenter
 from maskfirst.stream import Stream, chain, load, own_randomness, positions, seed_everything
+from maskfirst.sync_norm import synchronise
 from maskfirst.training import Training
 from maskfirst.types import collate
 
@@ -74,6 +75,8 @@ def train(
         for report in experiment.loaded:
             journal.say(report.describe())
         segmenter = segmenter.to(fabric.device).train()
+        if world > 1:
+            synchronise(segmenter, fabric.device)
         phase = make_phase(segmenter, settings)
         average = None if settings.average is None else Average(segmenter, settings.average)
         training, validation = experiment.dataset("train"), experiment.dataset("val")

@@ -16,8 +16,8 @@ from maskfirst.frames import Frame, Size
 from maskfirst.rows import Rows, crop, enlarge
 from maskfirst.types import Names, Proposals, SegmentMap, Segments, Vocabulary
 
+from .arrays import Compared, read_arrays
 from .foreign import NotCoveredError, Settings
-from .mask2former import Compared, read_arrays
 from .rows import EXACT, Row, Tolerance, compare, equal
 
 CLOSE = Tolerance(atol=1e-5)

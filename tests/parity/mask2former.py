@@ -5,14 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from maskfirst import tasks
 from maskfirst.backbones.pyramid import Pyramid
 from maskfirst.build import Experiment
-from maskfirst.contracts import Backbone
 from maskfirst.convert import mask2former, pyramids
 from maskfirst.convert.pickles import open_checkpoint
 from maskfirst.convert.rename import rename
@@ -24,8 +22,9 @@ from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Batch, Names, Proposals, Segments, Vocabulary
 
-from .foreign import NotCoveredError, Settings
-from .rows import EXACT, Row, Tolerance, compare, equal, failed
+from .arrays import Compared, Given, given, read_arrays
+from .foreign import Settings
+from .rows import EXACT, Row, Tolerance, compare, equal
 
 FEATURES = Tolerance(atol=3e-5)
 MASKS = Tolerance(atol=3e-4)
@@ -37,44 +36,6 @@ OPERATOR = {
     torch.float32: Tolerance(atol=1e-5, rtol=1e-5),
 }
 """Relative, too, as gradients reach 30."""
-
-
-class Given(Backbone):
-    """Hands out given maps, whatever the picture."""
-
-    def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        super().__init__()
-        self.channels, self.strides = channels, strides
-        self.mean, self.multiple = (0.0, 0.0, 0.0), strides[-1]
-        self.maps: list[Tensor] = []
-
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        return self.maps
-
-
-def read_arrays(path: Path) -> dict[str, Tensor]:
-    with np.load(path) as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files}
-
-
-class Compared:
-    """The arrays of a fixture, each to be compared; what is left in the end is not covered."""
-
-    def __init__(self, file: str, arrays: dict[str, Tensor]) -> None:
-        self.file = file
-        self.left = dict(arrays)
-
-    def take(self, key: str) -> Tensor:
-        if key not in self.left:
-            raise NotCoveredError(f"{self.file} lacks '{key}'")
-        return self.left.pop(key)
-
-    def row(self, key: str, ours: Tensor, tolerance: Tolerance) -> Row:
-        return compare(self.file, key, ours, self.take(key), tolerance)
-
-    def rest(self) -> Iterator[Row]:
-        for key in sorted(self.left):
-            yield failed(self.file, key, "not covered")
 
 
 def segmenter(proposer: Mapping[str, Any], classes: int, weights: Mapping[str, Tensor], source: str) -> Segmenter:
@@ -89,10 +50,6 @@ def segmenter(proposer: Mapping[str, Any], classes: int, weights: Mapping[str, T
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     model.load_state_dict(rename(weights, mask2former.rules(weights), shapes).tensors)
     return model.eval()
-
-
-def _given(channels: list[int], strides: list[int]) -> dict[str, Any]:
-    return {"kind": f"{__name__}:Given", "channels": channels, "strides": strides}
 
 
 def _batch(model: Segmenter, height: int, width: int, pictures: int, truth: bool) -> Batch:
@@ -156,7 +113,7 @@ def original_head(folder: Path, path: Path) -> Iterator[Row]:
     told.only("pre_norm", False)
     told.only("enc_levels", LEVELS)
     proposer = {
-        "backbone": _given(*(list(level.values()) for level in levels)),
+        "backbone": given(*(list(level.values()) for level in levels)),
         "pixel_width": told.need("conv_dim"),
         "width": told.need("hidden_dim"),
         "mask_width": told.need("mask_dim"),
@@ -175,7 +132,7 @@ def mmseg_head(folder: Path, path: Path) -> Iterator[Row]:
     channels = told.need("in_channels")
     width = told.need("embed")
     proposer = {
-        "backbone": _given(channels, told.need("strides")),
+        "backbone": given(channels, told.need("strides")),
         "width": width,
         "mask_width": width,
         "heads": told.need("heads"),

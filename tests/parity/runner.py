@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import answers, mask2former, scores, tables, vit_adapter_settings
+from . import answers, mask2former, scores, tables, upernet, vit_adapter_settings
 from .rows import Row, failed
 from .variant import variant
 
@@ -20,6 +20,7 @@ KINDS = {
     "OneFormer ConvNeXt backbone": mask2former.convnext,
     "post-processing": answers.post_processing,
     "Hungarian matcher + set criterion": answers.criterion,
+    "UPerHead (PSP scales 1,2,3,6) + FCN auxiliary head, BN eval": upernet.head,
 }
 """What a config.json says it is of -> what compares it, with io.npz and state.safetensors beside it."""
 

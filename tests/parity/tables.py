@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maskfirst import recipe as recipes
 from maskfirst.backbones.vit import resize_positions
@@ -28,6 +28,7 @@ from maskfirst.segmenter import Segmenter
 from maskfirst.training import Training
 from maskfirst.types import VOID, Names, Proposals, Segments
 
+from .arrays import read_arrays
 from .foreign import NotCoveredError, loss_criterion
 from .rows import Row, Tolerance, compare, equal, failed, same_tensors
 from .variant import ARRAYS, LOSSES
@@ -47,11 +48,6 @@ SCHEDULES = {
 def read_json(path: Path) -> Any:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
         return json.load(file)
-
-
-def read_arrays(path: Path) -> dict[str, Tensor]:
-    with np.load(path) as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files}
 
 
 @cache

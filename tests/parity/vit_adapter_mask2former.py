@@ -1,4 +1,4 @@
-"""ViT-Adapter's Mask2Former: all that its head makes of a picture, by windows and by views, and its losses with gradients."""
+"""ViT-Adapter's Mask2Former: all that its head makes of a picture, and its losses with gradients."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,15 +14,13 @@ from maskfirst.criteria.matched import Matched
 from maskfirst.criteria.points import uncertain
 from maskfirst.frames import Frame, Size, resize
 from maskfirst.proposers.mask2former import LEVELS, Mask2Former
-from maskfirst.rows import Rows, mean, softmax
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import VOID, Batch, Segments
 
 from .answers import Replay, Watched
-from .mask2former import Compared, read_arrays
+from .arrays import Compared, read_arrays
 from .rows import EXACT, Row, Tolerance, compare, equal, failed
 
-PROBABILITIES = Tolerance(atol=1e-5)
 LOSSES = Tolerance(atol=1e-6, rtol=1e-5)
 GRADIENTS = Tolerance(rtol=1e-3)
 
@@ -89,51 +87,6 @@ def _near(compared: Compared, key: str, ours: Tensor) -> Row:
         if key in compared.left
         else failed(compared.file, key, "missing")
     )
-
-
-def views(model: Segmenter, folder: Path) -> Iterator[Row]:
-    """By windows, with views averaged, and with padding cut off; by the model's own reading of pictures."""
-    told = json.loads((folder / "slide.json").read_text(encoding="utf-8"))
-    compared = Compared("slide.npz", read_arrays(folder / "slide.npz"))
-    home = _size(told["ori_shape"])
-    pictures = [compared.take(key)[0] for key in ("img", "img2")]
-    stated = (_size(told["crop_size"]), _size(told["stride"]))
-    yield equal("slide.json", "windows", (model.inference.window, model.inference.stride), stated)
-
-    def view(picture: Tensor, flipped: bool = False) -> Rows:
-        size = (picture.shape[-2], picture.shape[-1])
-        return model.view_scores(picture, Frame(home, size, size, flipped=flipped))
-
-    scores = view(pictures[0])
-    yield _near(compared, "out/slide_rescaled", scores.fetch(0, scores.height)[None])
-    likely = softmax(scores).fetch(0, scores.height)
-    yield compared.row("out/inference_prob", likely[None], PROBABILITIES)
-    yield compared.row("out/simple_pred", likely.argmax(0), EXACT)
-    every = mean([softmax(view(picture, flipped)) for picture in pictures for flipped in (False, True)])
-    average = every.fetch(0, every.height)
-    yield compared.row("out/aug_mean_prob", average[None], PROBABILITIES)
-    yield compared.row("out/aug_pred", average.argmax(0), EXACT)
-    yield from compared.rest()
-
-
-def unpadded(model: Segmenter, folder: Path) -> Iterator[Row]:
-    """Windows that run over padding, whose scores are cut off before the way home."""
-    told = json.loads((folder / "unpad.json").read_text(encoding="utf-8"))
-    compared = Compared("unpad.npz", read_arrays(folder / "unpad.npz"))
-    inner, outer, home = (_size(told[key]) for key in ("img_shape", "pad_shape", "ori_shape"))
-    picture = compared.take("img")[0]
-    yield equal("unpad.npz", "padding that is not 0", float(picture[:, inner[0] :].abs().max()), 0.0)
-    yield equal("unpad.npz", "padding on the right", inner[1], outer[1])
-    for key, flipped in (("unpadded_prob", False), ("unpadded_prob_flip", True)):
-        # There the same tensor is read as if it had been mirrored.
-        shown = picture[:, : inner[0]].flip(-1) if flipped else picture[:, : inner[0]]
-        rows = softmax(model.view_scores(shown, Frame(home, inner, outer, flipped=flipped)))
-        yield compared.row(f"out/{key}", rows.fetch(0, rows.height)[None], PROBABILITIES)
-    yield from compared.rest()
-
-
-def _size(sides: list[int]) -> Size:
-    return sides[0], sides[1]
 
 
 def losses(model: Segmenter, renamed: Renamed, picture: Tensor, folder: Path) -> Iterator[Row]:

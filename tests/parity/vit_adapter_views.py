@@ -10,9 +10,10 @@ from maskfirst.frames import Frame, Size
 from maskfirst.rows import Rows, mean, softmax
 from maskfirst.segmenter import Segmenter
 
+from .arrays import read_arrays
 from .foreign import NotCoveredError
 from .rows import EXACT, Row, Tolerance, compare, failed
-from .tables import read_arrays, read_json
+from .tables import read_json
 
 DOUBLE, SINGLE = Tolerance(atol=2e-6), Tolerance(atol=1e-5)
 """Of probabilities, by the precision of the model."""
