@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from maskfirst import tasks
 from maskfirst.backbones.pyramid import Pyramid
 from maskfirst.build import Experiment
-from maskfirst.contracts import Backbone
 from maskfirst.convert import mask2former, pyramids
 from maskfirst.convert.pickles import open_checkpoint
 from maskfirst.convert.rename import rename
@@ -24,8 +22,9 @@ from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Batch, Names, Proposals, Segments, Vocabulary
 
-from .foreign import NotCoveredError, Settings
-from .rows import EXACT, Row, Tolerance, compare, equal, failed
+from .arrays import Compared, Given, given, read_arrays
+from .foreign import Settings
+from .rows import EXACT, Row, Tolerance, compare, equal
 
 FEATURES = Tolerance(atol=3e-5)
 MASKS = Tolerance(atol=3e-4)
@@ -37,44 +36,6 @@ OPERATOR = {
     torch.float32: Tolerance(atol=1e-5, rtol=1e-5),
 }
 """Relative, too, as gradients reach 30."""
-
-
-class Given(Backbone):
-    """Hands out given maps, whatever the picture."""
-
-    def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        super().__init__()
-        self.channels, self.strides = channels, strides
-        self.mean, self.multiple = (0.0, 0.0, 0.0), strides[-1]
-        self.maps: list[Tensor] = []
-
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        return self.maps
-
-
-def read_arrays(path: Path) -> dict[str, Tensor]:
-    with np.load(path) as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files}
-
-
-class _Compared:
-    """The arrays of a fixture, each to be compared; what is left in the end is not covered."""
-
-    def __init__(self, file: str, arrays: dict[str, Tensor]) -> None:
-        self.file = file
-        self.left = dict(arrays)
-
-    def take(self, key: str) -> Tensor:
-        if key not in self.left:
-            raise NotCoveredError(f"{self.file} lacks '{key}'")
-        return self.left.pop(key)
-
-    def row(self, key: str, ours: Tensor, tolerance: Tolerance) -> Row:
-        return compare(self.file, key, ours, self.take(key), tolerance)
-
-    def rest(self) -> Iterator[Row]:
-        for key in sorted(self.left):
-            yield failed(self.file, key, "not covered")
 
 
 def segmenter(proposer: Mapping[str, Any], classes: int, weights: Mapping[str, Tensor], source: str) -> Segmenter:
@@ -91,10 +52,6 @@ def segmenter(proposer: Mapping[str, Any], classes: int, weights: Mapping[str, T
     return model.eval()
 
 
-def _given(channels: list[int], strides: list[int]) -> dict[str, Any]:
-    return {"kind": f"{__name__}:Given", "channels": channels, "strides": strides}
-
-
 def _batch(model: Segmenter, height: int, width: int, pictures: int, truth: bool) -> Batch:
     frame = Frame((height, width), (height, width), (height, width))
     segments = None
@@ -108,7 +65,7 @@ def _batch(model: Segmenter, height: int, width: int, pictures: int, truth: bool
 def _head(folder: Path, proposer: dict[str, Any], classes: int, inputs: list[str]) -> Iterator[Row]:
     """All that a head makes of given maps, and the same by the shorter way of inference."""
     arrays = read_arrays(folder / "io.npz")
-    compared = _Compared("io.npz", arrays)
+    compared = Compared("io.npz", arrays)
     weights = open_checkpoint(folder / "state.safetensors").tensors
     model = segmenter(proposer, classes, weights, "config.json")
     head = model.proposer
@@ -156,7 +113,7 @@ def original_head(folder: Path, path: Path) -> Iterator[Row]:
     told.only("pre_norm", False)
     told.only("enc_levels", LEVELS)
     proposer = {
-        "backbone": _given(*(list(level.values()) for level in levels)),
+        "backbone": given(*(list(level.values()) for level in levels)),
         "pixel_width": told.need("conv_dim"),
         "width": told.need("hidden_dim"),
         "mask_width": told.need("mask_dim"),
@@ -175,7 +132,7 @@ def mmseg_head(folder: Path, path: Path) -> Iterator[Row]:
     channels = told.need("in_channels")
     width = told.need("embed")
     proposer = {
-        "backbone": _given(channels, told.need("strides")),
+        "backbone": given(channels, told.need("strides")),
         "width": width,
         "mask_width": width,
         "heads": told.need("heads"),
@@ -240,7 +197,7 @@ def end_to_end(folder: Path, path: Path) -> Iterator[Row]:
     things, stuff = told.need("things"), told.need("stuff")
     thresholds = tasks.Thresholds(told.need("object_mask_threshold"), told.need("overlap_threshold"), told.need("topk"))
     told.done()
-    compared = _Compared("io.npz", read_arrays(folder / "io.npz"))
+    compared = Compared("io.npz", read_arrays(folder / "io.npz"))
     count = sum(key.startswith("image") for key in compared.left)
     images = [compared.take(f"image{index}") for index in range(count)]
     homes = [tuple(compared.take(f"size{index}").tolist()) for index in range(count)]
@@ -270,7 +227,7 @@ def end_to_end(folder: Path, path: Path) -> Iterator[Row]:
 
 
 def _answers(
-    compared: _Compared,
+    compared: Compared,
     proposals: Proposals,
     names: Names,
     frames: Sequence[Frame],
@@ -315,7 +272,7 @@ def convnext(folder: Path, path: Path) -> Iterator[Row]:
     shapes = {f"proposer.backbone.{key}": tensor.shape for key, tensor in backbone.state_dict().items()}
     renamed = rename(weights, pyramids.CONVNEXT.rules(), shapes).tensors
     backbone.load_state_dict({key.removeprefix("proposer.backbone."): tensor for key, tensor in renamed.items()})
-    compared = _Compared("io.npz", read_arrays(folder / "io.npz"))
+    compared = Compared("io.npz", read_arrays(folder / "io.npz"))
     with torch.inference_mode():
         maps = backbone.eval()(compared.take("image"))
     for index, tapped in enumerate(maps):
@@ -338,7 +295,7 @@ def operator(folder: Path, path: Path) -> Iterator[Row]:
 
 
 def _operator(file: str, arrays: dict[str, Tensor]) -> Iterator[Row]:
-    compared = _Compared(file, arrays)
+    compared = Compared(file, arrays)
     sizes = [(height, width) for height, width in compared.take("spatial_shapes").tolist()]
     starts = [sum(height * width for height, width in sizes[:level]) for level in range(len(sizes))]
     yield equal(file, "level_start_index", compared.take("level_start_index").tolist(), starts)
@@ -366,7 +323,7 @@ def _operator(file: str, arrays: dict[str, Tensor]) -> Iterator[Row]:
 
 def _module(file: str, arrays: dict[str, Tensor], told: Mapping[str, Any]) -> Iterator[Row]:
     """With the projections around it, with and without a padding mask; and how its offsets begin."""
-    compared = _Compared(file, arrays)
+    compared = Compared(file, arrays)
     heads, levels, points = told["n_heads"], told["n_levels"], told["n_points"]
     begun = DeformableAttention(told["d_model"], heads, levels, points).offsets.bias
     yield compare(file, "init_sampling_offset_bias", begun, told["init_sampling_offset_bias"], Tolerance(atol=1e-6))
