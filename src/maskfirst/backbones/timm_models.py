@@ -50,3 +50,13 @@ def take_over(
             raise ValueError(f"pretrained weights are for the model as timm has it; {remedy}")
         found[name] = tensor
     module.load_state_dict(found)
+
+
+def resize_kernel(kernel: Tensor, own: Tensor) -> Tensor | None:
+    """A kernel of patches (D, 3, h, w) in the size of `own` by FlexiViT's rule; None where it has other channels.
+
+    Beyer et al., "FlexiViT: One Model for All Patch Sizes", 2023, which is how EoMT takes DINOv2 from 14 to 16 px.
+    """
+    if kernel.ndim != 4 or kernel.shape[:2] != own.shape[:2]:
+        return None
+    return load_timm().layers.resample_patch_embed(kernel.float(), list(own.shape[-2:])).to(kernel.dtype)

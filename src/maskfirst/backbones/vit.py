@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.swin import windows
-from maskfirst.backbones.timm_models import load_timm, pretrained_model, take_over
+from maskfirst.backbones.timm_models import load_timm, pretrained_model, resize_kernel, take_over
 from maskfirst.contracts import Backbone, Resizable, Trunk
 from maskfirst.errors import UserError, nearest
 from maskfirst.frames import Size
@@ -248,16 +248,9 @@ class TimmViT(Trunk, Resizable):
         return self.vit.norm(tokens)
 
     def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Position tables of other sizes are resized bicubically, the class row kept where there is one here; patch kernels
-        as FlexiViT's.
-
-        Beyer et al., "FlexiViT: One Model for All Patch Sizes", 2023, which is how EoMT takes DINOv2 from 14 to 16 px.
-        """
+        """Position tables are resized bicubically, the class row kept where there is one here; patch kernels as FlexiViT's."""
         if name == "vit.patch_embed.proj.weight":
-            own = self.vit.patch_embed.proj.weight
-            if tensor.ndim != 4 or tensor.shape[:2] != own.shape[:2]:
-                return None
-            return load_timm().layers.resample_patch_embed(tensor.float(), list(own.shape[-2:])).to(tensor.dtype)
+            return resize_kernel(tensor, self.vit.patch_embed.proj.weight)
         own = self.vit.pos_embed
         if name != "vit.pos_embed" or own is None or tensor.ndim != 3 or tensor.shape[-1] != own.shape[-1]:
             return None
