@@ -31,6 +31,9 @@ TRIOS = (
 """Proposer, namer, criterion. Every kind of the three menus is in one of them; a new kind needs its line here."""
 LEARNING = [trio for trio in TRIOS if trio[0] != "oracle"]
 TRUNK = {"kind": "vit", "model": "vit_tiny_patch16_224", "width": 32, "depth": 3, "heads": 2}
+TRUNKS: Mapping[str, Mapping[str, Any]] = {"vit": TRUNK, "beit": {"kind": "beit", "width": 32, "depth": 3, "heads": 2}}
+UNSHRUNK = {"beit"}
+"""Trunks whose blocks cannot take queries of other places."""
 BACKBONES: Mapping[str, Mapping[str, Any]] = {
     "taps": {"trunk": TRUNK, "depths": [0, 2]},
     "shrunk_taps": {"trunk": TRUNK, "depths": [0, 2], "shrink": 1},
@@ -168,17 +171,20 @@ def test_backbones_give_the_maps_that_they_announce(kind: str, size: tuple[int, 
 
 @pytest.mark.parametrize("kind", MENUS[Trunk])
 def test_trunks_run_block_by_block(kind: str) -> None:
-    tree = TRUNK | {"kind": kind}
     given: dict[type, dict[str, Any]] = {object: {"size": (SIDE, SIDE)}}
-    trunk = construct(tree, Trunk, menus=MENUS, given=given, where="trunk", source="example.yaml").eval()
+    trunk = construct(TRUNKS[kind], Trunk, menus=MENUS, given=given, where="trunk", source="example.yaml").eval()
     with torch.inference_mode():
         tokens, grid = trunk.embed(torch.rand(1, 3, 45, 70) * 255)
         assert grid == (-(-45 // trunk.patch), -(-70 // trunk.patch))
         assert tokens.shape == (1, trunk.prefix + grid[0] * grid[1], trunk.width)
         for index in range(trunk.depth):
             assert trunk.block(index, tokens, grid).shape == tokens.shape
-        assert trunk.shrink_block(0, tokens[:, :2], tokens).shape == (1, 2, trunk.width)
         assert trunk.norm(tokens).shape == tokens.shape
+        if kind in UNSHRUNK:
+            with pytest.raises(UserError, match="cannot be shrunk"):
+                trunk.shrink_block(0, tokens[:, :2], tokens)
+        else:
+            assert trunk.shrink_block(0, tokens[:, :2], tokens).shape == (1, 2, trunk.width)
 
 
 @pytest.mark.parametrize("proposer", MENUS[Proposer])

@@ -1,4 +1,7 @@
-"""Deformable attention: both ways of it give one sum of bilinear samples, at borders and far outside, and its gradients."""
+"""Deformable attention: both ways of it give one sum of bilinear samples, at borders and far outside, and its gradients.
+
+Around it, a layer whose queries and tokens lie on maps of their own.
+"""
 
 from collections.abc import Callable
 
@@ -7,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskfirst.backbones import deformable
+from maskfirst.backbones.deformable import DeformableAttention, places_on
 from maskfirst.ops.deformable_attention import deformable_attention, deformable_attention_by_gather, to_places
 from maskfirst.ops.sine_positions import sine_positions
 
@@ -108,3 +113,63 @@ def test_sine_positions_follow_their_formula() -> None:
     torch.testing.assert_close(codes[1, 4], expected)
     with pytest.raises(ValueError, match="a width that 4 divides, got 6"):
         sine_positions((3, 5), 6, torch.device("cpu"))
+
+
+def layer(width: int = 8, heads: int = 2, levels: int = 3, ratio: float = 1.0) -> DeformableAttention:
+    """One whose weights are away from where they are initialised."""
+    torch.manual_seed(0)
+    made = DeformableAttention(width, heads, levels, 2, ratio)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.5)
+    return made
+
+
+def test_places_of_a_map_on_others() -> None:
+    places = places_on([(2, 4), (1, 2)], [(1, 2), (1, 1)], torch.device("cpu"))
+    assert places.tolist() == [[[0.5, 0.5], [0.0, 0.0]], [[2.5, 0.5], [1.0, 0.0]], [[1.5, 0.5], [0.5, 0.0]]]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 2.0])
+def test_queries_of_other_maps_read_values_of_another_width(ratio: float) -> None:
+    attention = layer(ratio=ratio).double()
+    random = torch.Generator().manual_seed(1)
+    queries, tokens = (torch.randn(2, n, 8, generator=random, dtype=torch.float64) for n in (11, 30))
+    places = torch.randn(11, 3, 2, generator=random, dtype=torch.float64) * 3
+    offsets = attention.offsets(queries).view(2, 11, 2, 3, 2, 2)
+    weights = attention.weights(queries).view(2, 11, 2, 6).softmax(-1).view(2, 11, 2, 3, 2)
+    value = attention.value(tokens)
+    assert value.shape[-1] == 8 * ratio
+    size = torch.tensor([(w, h) for h, w in SIZES])[:, None]
+    locations = (places[:, None, :, None] + offsets + 0.5) / size
+    expected = attention.output(by_grid_sample(value.unflatten(-1, (2, -1)), locations, weights))
+    torch.testing.assert_close(attention(queries, tokens, SIZES, places), expected)
+
+
+def test_where_it_looks_is_single_precision_whatever_the_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, noted = layer(), []
+
+    def note(value: Tensor, sizes: object, places: Tensor, weights: Tensor) -> Tensor:
+        noted.append((value, places, weights))
+        return deformable_attention(value, SIZES, places, weights)
+
+    monkeypatch.setattr(deformable, "deformable_attention", note)
+    queries, tokens, places = torch.randn(1, 5, 8), torch.randn(1, 30, 8), torch.randn(5, 3, 2)
+    plain = attention(queries, tokens, SIZES, places)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attention(queries, tokens, SIZES, places)
+        mixed.sum().backward()
+    assert {tensor.dtype for call in noted for tensor in call} == {torch.float32}
+    for call in noted[1:]:
+        assert torch.equal(call[1], noted[0][1])
+        assert torch.equal(call[2], noted[0][2])
+    torch.testing.assert_close(mixed.float(), plain, rtol=0.05, atol=0.05)
+    # In the backward pass it looks anew.
+    assert len(noted) == 3
+
+
+def test_what_is_read_must_be_shared_out_among_heads() -> None:
+    with pytest.raises(ValueError, match="width 8 is not divisible by 3 heads"):
+        DeformableAttention(8, 3, 1, 4)
+    with pytest.raises(ValueError, match=r"values of 0.25 of width 8, 2, are not divisible by 4 heads"):
+        DeformableAttention(8, 4, 1, 4, 0.25)

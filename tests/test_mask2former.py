@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maskfirst.backbones.deformable import DeformableAttention
 from maskfirst.build import Experiment
 from maskfirst.contracts import Backbone
 from maskfirst.frames import Frame, resize
 from maskfirst.proposers.mask2former import DecoderLayer, Mask2Former
-from maskfirst.proposers.pixel_decoder import DeformableAttention, PixelDecoder
+from maskfirst.proposers.pixel_decoder import PixelDecoder
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Batch, Segments

@@ -24,7 +24,7 @@ from maskfirst.training import Training
 from maskfirst.types import Vocabulary
 
 MENUS: dict[type, dict[str, str]] = {
-    Trunk: {"vit": "maskfirst.backbones.vit:TimmViT"},
+    Trunk: {"vit": "maskfirst.backbones.vit:TimmViT", "beit": "maskfirst.backbones.beit:BEiT"},
     Backbone: {
         "taps": "maskfirst.backbones.vit:Taps",
         "shrunk_taps": "maskfirst.backbones.vit:ShrunkTaps",

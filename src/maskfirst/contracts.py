@@ -24,6 +24,8 @@ class Trunk(nn.Module, ABC):
     prefix: int
     """Tokens of its own, class and registers, that come before those of the patches."""
     mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """By which it divides RGB less `mean`."""
 
     @abstractmethod
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:

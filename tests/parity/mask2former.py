@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maskfirst import tasks
+from maskfirst.backbones.deformable import DeformableAttention
 from maskfirst.backbones.pyramid import Pyramid
 from maskfirst.build import Experiment
 from maskfirst.convert import mask2former, pyramids
@@ -17,7 +18,6 @@ from maskfirst.convert.rename import rename
 from maskfirst.frames import Frame, resize
 from maskfirst.ops.deformable_attention import deformable_attention, deformable_attention_by_gather, to_places
 from maskfirst.proposers.mask2former import LEVELS, Mask2Former
-from maskfirst.proposers.pixel_decoder import DeformableAttention
 from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Batch, Names, Proposals, Segments, Vocabulary
@@ -325,28 +325,19 @@ def _module(file: str, arrays: dict[str, Tensor], told: Mapping[str, Any]) -> It
     """With the projections around it, with and without a padding mask; and how its offsets begin."""
     compared = Compared(file, arrays)
     heads, levels, points = told["n_heads"], told["n_levels"], told["n_points"]
-    begun = DeformableAttention(told["d_model"], heads, levels, points).offsets.bias
+    attention = DeformableAttention(told["d_model"], heads, levels, points, told["ratio"])
+    begun = attention.offsets.bias
     yield compare(file, "init_sampling_offset_bias", begun, told["init_sampling_offset_bias"], Tolerance(atol=1e-6))
     sizes = [(height, width) for height, width in compared.take("spatial_shapes").tolist()]
     query, feat, reference = (compared.take(key) for key in ("query", "feat", "reference_points"))
-
-    def linear(name: str, source: Tensor) -> Tensor:
-        return torch.nn.functional.linear(source, arrays[f"w/{name}.weight"], arrays[f"w/{name}.bias"])
-
-    offsets = linear("sampling_offsets", query).unflatten(-1, (heads, levels, points, 2))
-    shares = linear("attention_weights", query).unflatten(-1, (heads, -1)).softmax(-1)
-    centres = to_places(reference.expand(-1, -1, levels, -1)[..., None, :], sizes)
-    value = linear("value_proj", feat)
-    dropped = compared.take("padding_mask")[..., None]
-    for key, tokens in (("output", value), ("output_with_padding_mask", value.masked_fill(dropped, 0.0))):
-        seen = deformable_attention(
-            tokens.unflatten(-1, (heads, -1)),
-            sizes,
-            centres[:, :, None] + offsets,
-            shares.unflatten(-1, (levels, points)),
-        )
-        yield compared.row(key, linear("output_proj", seen), OPERATOR[torch.float64])
-    for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
-        compared.take(f"w/{name}.weight")
-        compared.take(f"w/{name}.bias")
+    places = to_places(reference.expand(-1, -1, levels, -1)[..., None, :], sizes)[0, :, :, 0]
+    weights = {f"w.{key[2:]}": compared.take(key) for key in arrays if key.startswith("w/")}
+    shapes = {f"own.{key}": tensor.shape for key, tensor in attention.state_dict().items()}
+    renamed = rename(weights, mask2former.deformable("w", "own"), shapes).tensors
+    attention.double().load_state_dict({key.removeprefix("own."): tensor for key, tensor in renamed.items()})
+    with torch.inference_mode():
+        yield compared.row("output", attention(query, feat, sizes, places), OPERATOR[torch.float64])
+        dropped = compared.take("padding_mask")[..., None]
+        attention.value.register_forward_hook(lambda module, given, value: value.masked_fill(dropped, 0.0))
+        yield compared.row("output_with_padding_mask", attention(query, feat, sizes, places), OPERATOR[torch.float64])
     yield from compared.rest()

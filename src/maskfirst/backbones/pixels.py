@@ -23,3 +23,16 @@ class Pixels(nn.Module):
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 _H _W"]:
         height, width = pixels.shape[-2:]
         return F.pad((pixels - self.shift) / self.scale, (0, -width % self.multiple, 0, -height % self.multiple))
+
+
+def fill_up(
+    pixels: Float[Tensor, "B 3 H W"], mean: tuple[float, float, float], multiple: int
+) -> Float[Tensor, "B 3 _H _W"]:
+    """RGB with `mean`, which becomes nothing, below and on the right, until `multiple` px divide both sides."""
+    height, width = pixels.shape[-2:]
+    below, beside = -height % multiple, -width % multiple
+    if not below and not beside:
+        return pixels
+    canvas = pixels.new_tensor(mean).view(1, 3, 1, 1).repeat(len(pixels), 1, height + below, width + beside)
+    canvas[..., :height, :width] = pixels
+    return canvas

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.swin import SwinBlock
-from maskfirst.backbones.timm_models import load_timm, pretrained_model
+from maskfirst.backbones.timm_models import load_timm, pretrained_model, take_over
 from maskfirst.contracts import Backbone, Resizable
 from maskfirst.errors import nearest
 
@@ -83,7 +83,13 @@ class Pyramid(Backbone, Resizable):
         chosen = {key: value for key, value in settings.items() if value is not None}
         trunk = _create(timm, model, drop_path_rate=drop_path, **chosen)
         if pretrained:
-            self._start_from(trunk, pretrained_model(model), model)
+            own = trunk.state_dict()
+            take_over(
+                trunk,
+                pretrained_model(model).state_dict(),
+                lambda name, tensor: _resized(name, tensor, own[name]),
+                "leave out widths, depths and heads",
+            )
         reductions = [info["reduction"] for info in trunk.feature_info]
         self.taps = [index for index, stride in enumerate(reductions) if stride in STRIDES]
         if tuple(reductions[index] for index in self.taps) != STRIDES:
@@ -114,14 +120,6 @@ class Pyramid(Backbone, Resizable):
         return [
             norm(tapped.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for norm, tapped in zip(self.norms, maps, strict=True)
         ]
-
-    def _start_from(self, trunk: nn.Module, trained: nn.Module, model: str) -> None:
-        own = trunk.state_dict()
-        theirs = {name: _resized(name, tensor, own.get(name, tensor)) for name, tensor in trained.state_dict().items()}
-        found = {name: tensor for name, tensor in theirs.items() if tensor is not None}
-        if any(name not in found or found[name].shape != tensor.shape for name, tensor in own.items()):
-            raise ValueError(f"pretrained weights are for {model} as timm has it; leave out widths, depths and heads")
-        trunk.load_state_dict({name: found[name] for name in own})
 
     def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
         """Swin's tables of relative positions are resized to other windows, bicubically."""

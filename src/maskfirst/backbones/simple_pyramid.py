@@ -7,8 +7,8 @@ import math
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from maskfirst.backbones.pixels import fill_up
 from maskfirst.backbones.pyramid import STRIDES
 from maskfirst.contracts import Backbone
 
@@ -62,10 +62,7 @@ class SimplePyramid(Backbone):
         self.multiple = math.lcm(backbone.multiple, STRIDES[-1])
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _c _h _w"]]:
-        height, width = pixels.shape[-2:]
-        mean = pixels.new_tensor(self.mean).view(1, 3, 1, 1)
-        pixels = F.pad(pixels - mean, (0, -width % self.multiple, 0, -height % self.multiple)) + mean
-        maps = self.backbone(pixels)
+        maps = self.backbone(fill_up(pixels, self.mean, self.multiple))
         return [
             smooth(reach(maps[source]))
             for source, reach, smooth in zip(self.sources, self.reach, self.smooth, strict=True)

@@ -60,9 +60,9 @@ class SwinBlock(nn.Module):
         shifted = any(self.shift)
         if shifted:
             maps = maps.roll((-down, -right), (1, 2))
-        windows = _windows(maps, self.window).flatten(0, 2).flatten(1, 2)
+        inside = windows(maps, self.window).flatten(0, 2).flatten(1, 2)
         blocked = _blocked(size, self.window, self.shift, maps) if shifted else None
-        seen = self.attn(windows, mask=blocked)
+        seen = self.attn(inside, mask=blocked)
         seen = seen.view(-1, size[0] // tall, size[1] // wide, tall, wide, channels)
         seen = seen.transpose(2, 3).reshape(-1, *size, channels)
         if shifted:
@@ -75,7 +75,8 @@ def _both_times() -> tuple[AbstractContextManager[object], AbstractContextManage
     return fast_on_cpu(), fast_on_cpu()
 
 
-def _windows(maps: Shaped[Tensor, "B H W C"], window: Size) -> Shaped[Tensor, "B Y X h w C"]:
+def windows(maps: Shaped[Tensor, "B H W C"], window: Size) -> Shaped[Tensor, "B Y X h w C"]:
+    """The windows (h, w) of a map that they divide, in rows and columns of them."""
     return maps.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).transpose(2, 3)
 
 
@@ -87,5 +88,5 @@ def _blocked(size: Size, window: Size, shift: Size, like: Tensor) -> Float[Tenso
         # What came round the end, and the rest of the windows that hold it.
         region = (place >= size[axis] - window[axis]).int() + (place >= size[axis] - shift[axis]).int()
         regions = 3 * regions + (region[:, None] if axis == 0 else region)
-    tokens = _windows(regions[None, ..., None], window).flatten(0, 2).flatten(1)
+    tokens = windows(regions[None, ..., None], window).flatten(0, 2).flatten(1)
     return (tokens[:, None] != tokens[:, :, None]).to(like.dtype) * BLOCKED

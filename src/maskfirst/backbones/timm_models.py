@@ -1,9 +1,10 @@
-"""timm's models: what is said, in one line, where timm or a model's pretrained weights cannot be had."""
+"""timm's models and their pretrained weights; what is said, in one line, where they cannot be had or do not fit."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maskfirst.errors import UserError
 
@@ -30,3 +31,32 @@ def pretrained_model(model: str, **settings: Any) -> nn.Module:
         raise UserError(
             f"the pretrained weights of {model} could not be fetched ({reason}); give `weights:` instead"
         ) from error
+
+
+def take_over(
+    module: nn.Module, trained: Mapping[str, Tensor], resize: Callable[[str, Tensor], Tensor | None], remedy: str
+) -> None:
+    """Gives `module` the tensors of its names of a model of another size; `resize` brings those of other shapes into its own.
+
+    Raises ValueError, `remedy` being what to do, where one is missing or does not come into shape.
+    """
+    own = module.state_dict()
+    found = {}
+    for name, goal in own.items():
+        tensor = trained.get(name)
+        if tensor is not None and tensor.shape != goal.shape:
+            tensor = resize(name, tensor)
+        if tensor is None or tensor.shape != goal.shape:
+            raise ValueError(f"pretrained weights are for the model as timm has it; {remedy}")
+        found[name] = tensor
+    module.load_state_dict(found)
+
+
+def resize_kernel(kernel: Tensor, own: Tensor) -> Tensor | None:
+    """A kernel of patches (D, 3, h, w) in the size of `own` by FlexiViT's rule; None where it has other channels.
+
+    Beyer et al., "FlexiViT: One Model for All Patch Sizes", 2023, which is how EoMT takes DINOv2 from 14 to 16 px.
+    """
+    if kernel.ndim != 4 or kernel.shape[:2] != own.shape[:2]:
+        return None
+    return load_timm().layers.resample_patch_embed(kernel.float(), list(own.shape[-2:])).to(kernel.dtype)

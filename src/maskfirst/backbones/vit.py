@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
-from maskfirst.backbones.timm_models import load_timm, pretrained_model
+from maskfirst.backbones.swin import windows
+from maskfirst.backbones.timm_models import load_timm, pretrained_model, resize_kernel, take_over
 from maskfirst.contracts import Backbone, Resizable, Trunk
 from maskfirst.errors import UserError, nearest
 from maskfirst.frames import Size
@@ -64,7 +65,9 @@ class TimmViT(Trunk, Resizable):
     `final_norm`: without it `norm` is the identity and has no parameters. `norm_eps`: of every LayerNorm; None: the model's.
     `layer_scale`: what the scales of its branches begin with; it adds them where the model has none. None: the model's,
     which are 1e-5 in DINOv2 and DINOv3 and for pretrained weights only. `class_token`: whether it and the registers lead the
-    patches through the blocks, or are embedded and dropped as SegViT does; None: where there are registers. `zoom`: in
+    patches through the blocks, or are embedded and dropped as SegViT does; None: where there are registers; "absent": the
+    token is no parameter, and the position table has no row for it, as in ViT-Adapter. `windowed`: blocks whose patches look
+    only at those of their window of `window` x `window` patches, which is filled up with zeros at the border. `zoom`: in
     training the coordinates of DINOv3's patches are multiplied by a factor drawn log-uniformly from 1/zoom..zoom for every
     batch, as its own training does with 2; None: never.
     """
@@ -82,7 +85,9 @@ class TimmViT(Trunk, Resizable):
         final_norm: bool = True,
         norm_eps: float | None = None,
         layer_scale: float | None = None,
-        class_token: bool | None = None,
+        class_token: bool | Literal["absent"] | None = None,
+        window: int | None = None,
+        windowed: tuple[int, ...] = (),
         zoom: float | None = None,
         pretrained: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
@@ -101,6 +106,7 @@ class TimmViT(Trunk, Resizable):
             "patch_size": patch,
             "norm_layer": norm,
             "init_values": layer_scale,
+            "class_token": False if class_token == "absent" else None,
         }
         sides = max(size)
         self.vit: Any = timm.create_model(
@@ -121,40 +127,41 @@ class TimmViT(Trunk, Resizable):
         if not final_norm:
             self.vit.norm = nn.Identity()
         registers = self.vit.reg_token is not None
+        if class_token == "absent" and (registers or self.rotary):
+            raise ValueError(f"class_token absent: '{model}' has registers after it; leave the key out")
         self.antialias = registers
         if pretrained:
-            self._start_from(pretrained_model(model, global_pool=""))
+            # Scales that the model has not begin as they were told to.
+            scales = {name: tensor for name, tensor in self.vit.state_dict().items() if name.endswith(".gamma")}
+            take_over(
+                self.vit,
+                scales | pretrained_model(model, global_pool="").state_dict(),
+                # timm would resize the positions with other bicubic weights.
+                lambda name, tensor: self.resize_from(f"vit.{name}", tensor),
+                "leave out width and depth",
+            )
         if drop_path_on == "mlp":
             for block in self.vit.blocks:
                 block.drop_path1 = nn.Identity()
         self.width = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
         self.patch = self.vit.patch_embed.patch_size[0]
-        if class_token is None:
-            class_token = registers
-        if self.rotary and not class_token:
+        leading = registers if class_token is None else class_token is True
+        if self.rotary and not leading:
             raise ValueError(
                 f"class_token false: '{model}' turns what follows its class token and registers; keep them"
             )
         if zoom is not None and (zoom < 1 or not self.rotary):
             raise ValueError(f"zoom {zoom} is for the coordinates of DINOv3, and at least 1")
-        self.prefix = self.vit.num_prefix_tokens if class_token else 0
+        self.prefix = self.vit.num_prefix_tokens if leading else 0
+        self.window = _check_windows(window, windowed, self.depth)
+        self.windowed = windowed
+        if windowed and self.prefix:
+            raise ValueError(f"windowed: windows are of patches, and '{model}' has tokens before them in its blocks")
         self.zoom = zoom
         self.zoomed = 1.0
-        self.mean = mean
+        self.mean, self.std = mean, std
         self.pixels = Pixels(mean, std, self.patch)
-
-    def _start_from(self, trained: nn.Module) -> None:
-        """Takes over the weights of a ViT of another size. timm would resize the positions with other bicubic weights."""
-        theirs, own = trained.state_dict(), self.vit.state_dict()
-        for name, tensor in own.items():
-            found = theirs.get(name)
-            if found is not None and found.shape != tensor.shape:
-                found = self.resize_from(f"vit.{name}", found)
-            if found is None or found.shape != tensor.shape:
-                raise ValueError("pretrained weights are for the model as timm has it; leave out width and depth")
-            theirs[name] = found
-        self.vit.load_state_dict({name: theirs[name] for name in own})
 
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
         maps = self.vit.patch_embed.proj(self.pixels(pixels))
@@ -192,12 +199,31 @@ class TimmViT(Trunk, Resizable):
         mask: Bool[Tensor, "B N N"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         block, seen = self.vit.blocks[index], None if mask is None else mask[:, None]
+        if index in self.windowed:
+            if mask is not None or tokens.shape[1] != grid[0] * grid[1]:
+                raise UserError(f"block {index} looks through windows, at patches alone; leave it out of `windowed`")
+            tokens = tokens + block.drop_path1(block.ls1(self._look_around(block.attn, block.norm1(tokens), grid)))
+            return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
         if not self.rotary:
             return block(tokens, attn_mask=seen)
         # timm leaves the first tokens as they are, as many as its own prefix has, and turns all others.
         leading = tokens.shape[1] - grid[0] * grid[1] - self.vit.num_prefix_tokens
         turns = rotations(self.vit.rope.periods, grid, leading, self.zoomed)
         return block(tokens, rope=turns, attn_mask=seen)
+
+    def _look_around(self, attention: Any, tokens: Tensor, grid: Size) -> Float[Tensor, "B N D"]:
+        """Attention within windows (Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", 2022)."""
+        side, (height, width) = self.window, grid
+        # Padded after the projection, so that keys and values there are 0 and not its bias.
+        maps = F.pad(attention.qkv(tokens).unflatten(1, grid), (0, 0, 0, -width % side, 0, -height % side))
+        inside = windows(maps, (side, side))
+        query, key, value = (
+            each.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for each in inside.flatten(0, 2).flatten(1, 2).chunk(3, -1)
+        )
+        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        maps = seen.view(*inside.shape[:-1], -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return attention.proj(maps[:, :height, :width].flatten(1, 2))
 
     def shrink_block(
         self, index: int, queries: Float[Tensor, "B M D"], tokens: Float[Tensor, "B N D"]
@@ -222,25 +248,30 @@ class TimmViT(Trunk, Resizable):
         return self.vit.norm(tokens)
 
     def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Position tables of other sizes are resized bicubically, the class row kept; patch kernels as FlexiViT's.
-
-        Beyer et al., "FlexiViT: One Model for All Patch Sizes", 2023, which is how EoMT takes DINOv2 from 14 to 16 px.
-        """
+        """Position tables are resized bicubically, the class row kept where there is one here; patch kernels as FlexiViT's."""
         if name == "vit.patch_embed.proj.weight":
-            own = self.vit.patch_embed.proj.weight
-            if tensor.ndim != 4 or tensor.shape[:2] != own.shape[:2]:
-                return None
-            return load_timm().layers.resample_patch_embed(tensor.float(), list(own.shape[-2:])).to(tensor.dtype)
+            return resize_kernel(tensor, self.vit.patch_embed.proj.weight)
         own = self.vit.pos_embed
         if name != "vit.pos_embed" or own is None or tensor.ndim != 3 or tensor.shape[-1] != own.shape[-1]:
             return None
         side = int(tensor.shape[1] ** 0.5)
-        leading = tensor.shape[1] - side * side
         goal = int(own.shape[1] ** 0.5)
-        if leading != own.shape[1] - goal * goal:
+        leading = own.shape[1] - goal * goal
+        if leading not in (0, tensor.shape[1] - side * side):
             return None
         positions = resize_positions(tensor.float(), (goal, goal), self.antialias).to(tensor.dtype)
         return torch.cat([tensor[:, :leading], positions], 1)
+
+
+def _check_windows(window: int | None, windowed: Sequence[int], depth: int) -> int:
+    """The side of the windows; 0 where there are none."""
+    if windowed and window is None:
+        raise ValueError("windowed: the side of the windows is missing; give `window` in patches")
+    if window is not None and (window < 1 or not windowed):
+        raise ValueError(f"window {window} should be at least 1 patch, and `windowed` say which blocks have it")
+    if any(not 0 <= index < depth for index in windowed):
+        raise ValueError(f"windowed {list(windowed)} should be blocks, 0..{depth - 1}")
+    return window or 0
 
 
 def _check_depths(depths: Sequence[int], trunk: Trunk) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class Spelling:
     rules: Callable[[], list[Rule]]
 
 
-def _moves(table: Mapping[str, str]) -> list[Rule]:
+def moves(table: Mapping[str, str]) -> list[Rule]:
     """Rules for pairs of weight and bias; their foreign names are regular expressions."""
     return [Move(match + _KIND, rf"{to}.\g<kind>") for match, to in table.items()]
 
@@ -42,11 +42,11 @@ def _packed(match: str, to: str) -> list[Rule]:
     parts = tuple(rf"{to}.{part}.\g<kind>" for part in "qkv")
     return [
         Split(rf"{match}\.in_proj_(?P<kind>weight|bias)", parts),
-        *_moves({rf"{match}\.out_proj": rf"{to}.proj"}),
+        *moves({rf"{match}\.out_proj": rf"{to}.proj"}),
     ]
 
 
-def _deformable(match: str, to: str) -> list[Rule]:
+def deformable(match: str, to: str) -> list[Rule]:
     """A deformable attention, which all call alike."""
     parts = {
         "sampling_offsets": "offsets",
@@ -54,7 +54,7 @@ def _deformable(match: str, to: str) -> list[Rule]:
         "value_proj": "value",
         "output_proj": "output",
     }
-    return _moves({rf"{match}\.{theirs}": f"{to}.{own}" for theirs, own in parts.items()})
+    return moves({rf"{match}\.{theirs}": f"{to}.{own}" for theirs, own in parts.items()})
 
 
 def _every_other(match: re.Match[str]) -> str:
@@ -71,7 +71,7 @@ def _original() -> list[Rule]:
     )
     own = rf"{HEAD}layers.\1."
     return [
-        *_moves(
+        *moves(
             {
                 rf"{predictor}decoder_norm": f"{HEAD}norm",
                 rf"{predictor}class_embed": "namer.linear",
@@ -92,7 +92,7 @@ def _original() -> list[Rule]:
                 rf"{layer}linear2": f"{home}contract",
             }
         ),
-        *_deformable(rf"{layer}self_attn", f"{home}attention"),
+        *deformable(rf"{layer}self_attn", f"{home}attention"),
         *_packed(rf"{crosses}multihead_attn", f"{own}cross_attention"),
         *_packed(rf"{selves}self_attn", f"{own}self_attention"),
         Move(rf"{predictor}mask_embed\.layers\.(\d){_KIND}", _every_other),
@@ -111,7 +111,7 @@ def _mmseg() -> list[Rule]:
     layer, home = rf"{pixels}encoder\.layers\.(\d+)\.", rf"{PIXELS}layers.\1."
     decoder, own = rf"{head}transformer_decoder\.layers\.(\d+)\.", rf"{HEAD}layers.\1."
     return [
-        *_moves(
+        *moves(
             {
                 rf"{head}transformer_decoder\.post_norm": f"{HEAD}norm",
                 rf"{head}cls_embed": "namer.linear",
@@ -135,7 +135,7 @@ def _mmseg() -> list[Rule]:
                 rf"{layer}ffns\.0\.layers\.1": f"{home}contract",
             }
         ),
-        *_deformable(rf"{layer}attentions\.0", f"{home}attention"),
+        *deformable(rf"{layer}attentions\.0", f"{home}attention"),
         *_packed(rf"{decoder}attentions\.0\.attn", f"{own}cross_attention"),
         *_packed(rf"{decoder}attentions\.1\.attn", f"{own}self_attention"),
         Move(rf"{head}query_feat\.weight", f"{HEAD}queries"),
@@ -151,7 +151,7 @@ def _transformers() -> list[Rule]:
     layer, home = rf"{pixels}encoder\.layers\.(\d+)\.", rf"{PIXELS}layers.\1."
     decoder, own = rf"{module}decoder\.layers\.(\d+)\.", rf"{HEAD}layers.\1."
     return [
-        *_moves(
+        *moves(
             {
                 rf"{module}decoder\.layernorm": f"{HEAD}norm",
                 r"class_predictor": "namer.linear",
@@ -173,7 +173,7 @@ def _transformers() -> list[Rule]:
                 rf"{layer}fc2": f"{home}contract",
             }
         ),
-        *_deformable(rf"{layer}self_attn", f"{home}attention"),
+        *deformable(rf"{layer}self_attn", f"{home}attention"),
         *_packed(rf"{decoder}cross_attn", f"{own}cross_attention"),
         Move(rf"{module}decoder\.mask_predictor\.mask_embedder\.(\d)\.0{_KIND}", _every_other),
         Move(rf"{module}queries_features\.weight", f"{HEAD}queries"),

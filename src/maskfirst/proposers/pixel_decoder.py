@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from maskfirst.backbones.deformable import DeformableAttention, at_least_single, places_on
 from maskfirst.frames import Size
-from maskfirst.ops.deformable_attention import deformable_attention
 from maskfirst.ops.sine_positions import sine_positions
 
 GROUPS = 32
@@ -41,61 +40,6 @@ class Pointwise(nn.Conv2d):
         return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class DeformableAttention(nn.Module):
-    """Each token looks at `points` places of each of its `levels` maps for each head, around where it lies itself."""
-
-    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not divisible by {heads} heads")
-        self.heads, self.levels, self.points = heads, levels, points
-        self.offsets = nn.Linear(width, heads * levels * points * 2)
-        self.weights = nn.Linear(width, heads * levels * points)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
-        for linear in (self.offsets, self.weights, self.value, self.output):
-            nn.init.zeros_(linear.bias)
-        for linear in (self.value, self.output):
-            nn.init.xavier_uniform_(linear.weight)
-        for linear in (self.offsets, self.weights):
-            nn.init.zeros_(linear.weight)
-        # At first, head m looks in its own of M directions round the square, point p at p + 1 px.
-        angles = torch.arange(heads) * (2 * math.pi / heads)
-        directions = torch.stack([angles.cos(), angles.sin()], -1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, points + 1)[:, None]
-        with torch.no_grad():
-            self.offsets.bias.copy_((directions[:, None, None] * steps).expand(-1, levels, -1, -1).flatten())
-
-    def forward(
-        self,
-        queries: Float[Tensor, "B N D"],
-        tokens: Float[Tensor, "B N D"],
-        sizes: Sequence[Size],
-        places: Float[Tensor, "N L 2"],
-    ) -> Float[Tensor, "B N D"]:
-        """`places`: (x, y) px of each token on each map, see ops.deformable_attention."""
-        value = self.value(tokens).unflatten(-1, (self.heads, -1))
-        offsets = self.offsets(queries).unflatten(-1, (self.heads, self.levels, self.points, 2))
-        scores = self.weights(queries).unflatten(-1, (self.heads, -1))
-        if not torch.is_grad_enabled():
-            return self.output(self._look(value, offsets, scores, sizes, places))
-        # Four numbers and rows a sample are made anew in the backward pass: for 2 % more time, an eighth less memory.
-        return self.output(
-            checkpoint(self._look, value, offsets, scores, sizes, places, use_reentrant=False, preserve_rng_state=False)
-        )
-
-    def _look(
-        self, value: Tensor, offsets: Tensor, scores: Tensor, sizes: Sequence[Size], places: Tensor
-    ) -> Float[Tensor, "B N D"]:
-        # torch's softmax of so short rows takes five times as long.
-        shares = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-        shares = (shares / shares.sum(-1, keepdim=True)).unflatten(-1, (self.levels, self.points))
-        # As many rows as offsets, so that the sum does not fall into pieces of two numbers.
-        around = places[:, None, :, None].expand(-1, self.heads, -1, self.points, -1).contiguous()
-        return deformable_attention(value, sizes, around + offsets, shares)
-
-
 class EncoderLayer(nn.Module):
     """A post-norm transformer layer whose attention is deformable; ReLU; LayerNorm eps 1e-5."""
 
@@ -118,21 +62,11 @@ class EncoderLayer(nn.Module):
         return self.norm2(tokens + self.contract(self.expand(tokens).relu_()))
 
 
-def _places(sizes: Sequence[Size], like: Tensor) -> Float[Tensor, "N L 2"]:
-    """Where the centre of each token of all maps lies on each map: (x, y) px from that map's first centre."""
-    unit = []
-    for height, width in sizes:
-        y, x = ((torch.arange(side, dtype=like.dtype, device=like.device) + 0.5) / side for side in (height, width))
-        unit.append(torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1))
-    scales = like.new_tensor([(width, height) for height, width in sizes])
-    return torch.cat(unit)[:, None] * scales - 0.5
-
-
 class PixelDecoder(nn.Module):
     """Encodes the three coarse of four maps together, and merges them with the finest into a map for masks.
 
     `channels`: of the four maps, fine to coarse. `width`: of the encoded maps; `mask_width`: of the map for masks. It computes
-    in single precision, whatever the autocast.
+    in single precision at least, whatever the autocast.
     """
 
     def __init__(
@@ -168,11 +102,11 @@ class PixelDecoder(nn.Module):
     ) -> tuple[Float[Tensor, "B C h w"], list[Float[Tensor, "B D _h _w"]]]:
         """The map for masks, and the encoded maps, coarse to fine. `maps`: fine to coarse."""
         with torch.autocast(maps[0].device.type, enabled=False):
-            finest, *coarse = (tapped.float() for tapped in maps)
+            finest, *coarse = (at_least_single(tapped) for tapped in maps)
             entered = [entrance(tapped) for entrance, tapped in zip(self.entrances, reversed(coarse), strict=True)]
             sizes = [(each.shape[-2], each.shape[-1]) for each in entered]
             tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in entered], 1)
-            places = _places(sizes, tokens)
+            places = places_on(sizes, sizes, tokens.device)
             positions = torch.cat(
                 [
                     sine_positions(size, tokens.shape[-1], tokens.device) + level
