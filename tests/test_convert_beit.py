@@ -8,20 +8,17 @@ from typing import Any
 import pytest
 import timm
 import torch
-from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save_file
 from timm.models.beit import Beit
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from maskfirst import recipe as recipes
 from maskfirst import weights
+from maskfirst.backbones.beit import BEiT
 from maskfirst.build import Experiment
-from maskfirst.contracts import Resizable, Trunk
 from maskfirst.convert import beit
 from maskfirst.convert.catalogue import ORIGINS, ConvertError, convert
 from maskfirst.convert.rename import rename
-from maskfirst.frames import Size
 from maskfirst.recipe import Recipe
 
 PLACE = "proposer.backbone.trunk"
@@ -41,43 +38,16 @@ def small(side: int = 48, depth: int = DEPTH, heads: int = HEADS, **settings: An
     return vit
 
 
-class StandIn(Trunk, Resizable):
-    """The keys of the trunk `beit`, which gives its tables another window in any way."""
-
-    def __init__(
-        self, size: tuple[int, int] = (48, 48), depth: int = DEPTH, heads: int = HEADS, final_norm: bool = False
-    ) -> None:
-        super().__init__()
-        self.vit = small(size[0], depth, heads)
-        if not final_norm:
-            self.vit.norm = nn.Identity()
-        self.width, self.depth, self.patch, self.prefix, self.mean = WIDTH, depth, 16, 1, (0.0, 0.0, 0.0)
-
-    def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
-        own = self.state_dict()[name]
-        if TABLE not in name or tensor.shape[1:] != own.shape[1:]:
-            return None
-        return F.interpolate(tensor.T[None], size=len(own))[0].T
-
-    def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
-        raise NotImplementedError
-
-    def block(
-        self, index: int, tokens: Float[Tensor, "B N D"], grid: Size, mask: Bool[Tensor, "B N N"] | None = None
-    ) -> Float[Tensor, "B N D"]:
-        raise NotImplementedError
-
-    def shrink_block(
-        self, index: int, queries: Float[Tensor, "B M D"], tokens: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B M D"]:
-        raise NotImplementedError
-
-    def norm(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        raise NotImplementedError
+def blank(final_norm: bool = False) -> BEiT:
+    return BEiT((48, 48), width=WIDTH, depth=DEPTH, heads=HEADS, final_norm=final_norm)
 
 
 def recipe(**trunk: Any) -> Recipe:
-    backbone = {"kind": "taps", "depths": [1], "trunk": {"kind": "test_convert_beit:StandIn", **trunk}}
+    backbone = {
+        "kind": "taps",
+        "depths": [1],
+        "trunk": {"kind": "beit", "size": [48, 48], "width": WIDTH, "depth": DEPTH, "heads": HEADS} | trunk,
+    }
     tree = {
         "vocabulary": ["a", "b"],
         "proposer": {"kind": "dense", "backbone": backbone},
@@ -174,7 +144,7 @@ def test_every_release_becomes_weights_for_a_trunk(
     )
     content = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
     assert report.tensors + len(report.left) == count_of(content)
-    trunk = StandIn(final_norm=normed)
+    trunk = blank(final_norm=normed)
     with torch.no_grad():
         for parameter in trunk.parameters():
             parameter.zero_()
@@ -201,7 +171,7 @@ def test_what_is_left_behind_has_its_reason(tmp_path: Path) -> None:
 def test_a_trunk_without_the_norm_leaves_that_of_pretraining_in_the_file(tmp_path: Path) -> None:
     path, _ = written(tmp_path, pretrained)
     convert(path, recipe(), tmp_path / "out.safetensors")
-    loaded = weights.load_part(StandIn(), tmp_path / "out.safetensors", PLACE)
+    loaded = weights.load_part(blank(), tmp_path / "out.safetensors", PLACE)
     assert (loaded.resized, loaded.reset) == ((), ())
     assert set(loaded.unused) == {"vit.norm.weight", "vit.norm.bias"}
 

@@ -80,7 +80,10 @@ def test_training_is_the_original_s(name: str) -> None:
 def test_training_samples_are_changed_as_there(name: str) -> None:
     told = config(name)
     assert told is not None
-    ours, theirs = Experiment(recipe.load(name)).augmentations(), built(settings.augment(told), list[Augmentation], name)
+    ours, theirs = (
+        Experiment(recipe.load(name)).augmentations(),
+        built(settings.augment(told), list[Augmentation], name),
+    )
     assert [(type(each), vars(each)) for each in ours] == [(type(each), vars(each)) for each in theirs]
 
 
@@ -141,4 +144,3 @@ def test_parameters_are_the_original_s(name: str) -> None:
     assert ours == told["total"] - spare
     if name in PARAMETERS:
         assert round(ours / 1e6) == PARAMETERS[name]
-

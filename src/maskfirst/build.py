@@ -31,6 +31,8 @@ MENUS: dict[type, dict[str, str]] = {
         "stem_vit": "maskfirst.backbones.stem_vit:StemViT",
         "pyramid": "maskfirst.backbones.pyramid:Pyramid",
         "simple_pyramid": "maskfirst.backbones.simple_pyramid:SimplePyramid",
+        "deconv_pyramid": "maskfirst.backbones.deconv_pyramid:DeconvPyramid",
+        "adapter": "maskfirst.backbones.adapter:Adapter",
     },
     Proposer: {
         "atm": "maskfirst.proposers.atm:ATM",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import answers, mask2former, scores, tables, upernet, vit_adapter_settings
+from . import answers, mask2former, scores, tables, upernet, vit_adapter, vit_adapter_settings
 from .rows import Row, failed
 from .variant import variant
 
@@ -53,6 +53,10 @@ def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
         return lambda folder, path: variant(folder, path.stem)
     if path.name == "meta.json" and mask2former.is_operator(told):
         return mask2former.operator
+    if path.name == "meta.json" and vit_adapter.is_tables(told):
+        return vit_adapter.tables
+    if path.name == "config.json" and vit_adapter.is_variant(told):
+        return vit_adapter.variant
     if path.name == "expected.json":
         return scores.scores
     return KINDS.get(told.get("kind", "")) if path.name == "config.json" else None
@@ -70,11 +74,11 @@ def _told(path: Path) -> dict[str, Any]:
 def _belonging(path: Path) -> set[str]:
     """The file itself and those that are read with it."""
     if path.name == "config.json":
-        return {path.name, "io.npz", "state.safetensors"}
+        return {path.name, "io.npz", "state.safetensors", *vit_adapter.BESIDE}
     if path.name == "expected.json":
         return {path.name, *scores.BESIDE, *(name for pair in scores.FILES.values() for name in pair)}
     if path.name == "meta.json":
-        return {path.name, *(f"{case}.npz" for case in _told(path))}
+        return {path.name, "tables.npz", *(f"{case}.npz" for case in _told(path))}
     weights = (
         re.search(r'"backbone_weights":\s*"([^"]+)"', path.read_text(encoding="utf-8"))
         if path.suffix == ".json"

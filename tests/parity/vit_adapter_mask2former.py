@@ -19,6 +19,7 @@ from maskfirst.types import VOID, Batch, Segments
 
 from .answers import Replay, Watched
 from .arrays import Compared, read_arrays
+from .foreign import NotCoveredError, Settings
 from .rows import EXACT, Row, Tolerance, compare, equal, failed
 
 LOSSES = Tolerance(atol=1e-6, rtol=1e-5)
@@ -43,6 +44,65 @@ def nothing(pictures: int, size: Size) -> tuple[Segments, ...]:
     return (Segments(torch.zeros(0, *size).bool(), empty.long(), empty, empty.bool()),) * pictures
 
 
+def proposer_tree(
+    config: Mapping[str, Any], training: Mapping[str, Any], backbone: dict[str, Any]
+) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """The recipes of the head of a mmseg config, on any backbone, and of its criterion, and the number of its classes."""
+    told = Settings(config, "decode_head")
+    told.only("type", "Mask2FormerHead")
+    told.only("in_index", [0, 1, 2, 3])
+    told.only("num_transformer_feat_level", LEVELS)
+    told.only("enforce_decoder_input_project", False)
+    told.need("in_channels")
+    width = told.need("feat_channels")
+    encoder, encoder_heads = _layers(told.need("pixel_decoder")["encoder"], ["self_attn", "norm", "ffn", "norm"])
+    decoder, heads = _layers(
+        told.need("transformer_decoder"), ["cross_attn", "norm", "self_attn", "norm", "ffn", "norm"]
+    )
+    if encoder_heads != heads:
+        raise NotCoveredError(f"decode_head: {encoder_heads} and {heads} heads")
+    told.only("positional_encoding", {"type": "SinePositionalEncoding", "num_feats": width // 2, "normalize": True})
+    proposer = {
+        "kind": "mask2former",
+        "backbone": backbone,
+        "queries": told.need("num_queries"),
+        "width": width,
+        "mask_width": told.need("out_channels"),
+        "heads": heads,
+        "encoder_layers": encoder["num_layers"],
+        "encoder_feedforward": encoder["transformerlayers"]["ffn_cfgs"]["feedforward_channels"],
+        "decoder_layers": decoder["num_layers"],
+        "decoder_feedforward": decoder["transformerlayers"]["ffn_cfgs"]["feedforward_channels"],
+        "points": encoder["transformerlayers"]["attn_cfgs"]["num_points"],
+    }
+    classes = told.need("num_things_classes") + told.need("num_stuff_classes")
+    losses = {part: told.need(f"loss_{part}") for part in ("cls", "mask", "dice")}
+    told.done()
+    assigner = training["assigner"]
+    criterion = {
+        "kind": "set",
+        "points": training["num_points"],
+        "oversample": training["oversample_ratio"],
+        "importance": training["importance_sample_ratio"],
+        "name_weight": losses["cls"]["loss_weight"],
+        "mask_weight": losses["mask"]["loss_weight"],
+        "dice_weight": losses["dice"]["loss_weight"],
+        "no_object": losses["cls"]["class_weight"][-1],
+        "name_cost": assigner["cls_cost"]["weight"],
+        "mask_cost": assigner["mask_cost"]["weight"],
+        "dice_cost": assigner["dice_cost"]["weight"],
+    }
+    return proposer, classes, criterion
+
+
+def _layers(config: Mapping[str, Any], order: list[str]) -> tuple[Mapping[str, Any], int]:
+    """A stack of transformer layers and its number of heads."""
+    layer = config["transformerlayers"]
+    if layer["operation_order"] != order:
+        raise NotCoveredError(f"decode_head: layers of {layer['operation_order']}")
+    return config, layer["attn_cfgs"]["num_heads"]
+
+
 def head(model: Segmenter, compared: Compared, picture: Tensor) -> Iterator[Row]:
     """What the pixel decoder and every layer of the decoder give, and the semantic scores."""
     proposer = model.proposer
@@ -55,7 +115,7 @@ def head(model: Segmenter, compared: Compared, picture: Tensor) -> Iterator[Row]
         for index, layer in enumerate(layers)
     ]
     given = batch(picture, nothing(len(picture), size))
-    with torch.inference_mode():
+    with torch.no_grad():
         features, encoded = proposer.pixel_decoder(proposer.backbone(picture))
         proposals, names = model(given)
     for hook in hooks:
@@ -67,13 +127,15 @@ def head(model: Segmenter, compared: Compared, picture: Tensor) -> Iterator[Row]
         yield _near(compared, f"out/tap.{key}", output.transpose(0, 1))
     guesses = [*proposals.earlier, proposals]
     for index, guess in enumerate(guesses):
-        yield _near(compared, f"out/class_logits.{index}", model.namer(guess, given).logits)
+        with torch.no_grad():
+            named = model.namer(guess, given).logits
+        yield _near(compared, f"out/class_logits.{index}", named)
         yield _near(compared, f"out/mask_logits.{index}", guess.masks)
         # The original's are told before rows that are blocked whole are opened.
         blocked = compared.take(f"out/attn_mask.{index}").bool()
         level = encoded[index % LEVELS]
         shrunk = resize(features, (level.shape[-2], level.shape[-1])).flatten(2)
-        with torch.inference_mode():
+        with torch.no_grad():
             open_ = proposer.seen(proposer.mask_embed(guess.queries), shrunk)[:, 0]
         yield compare(compared.file, f"attn_mask.{index}", ~open_, blocked & ~blocked.all(-1, keepdim=True), EXACT)
     for key, canvas in (("quarter", (proposals.masks.shape[-2], proposals.masks.shape[-1])), ("full", size)):

@@ -5,7 +5,6 @@ shifted, by which windows wrap round where a map is no multiple of them; dense p
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from maskfirst.frames import Size
-from maskfirst.ops.cpu import fast_on_cpu
+from maskfirst.ops.cpu import both_times
 
 BLOCKED = -100.0
 """Added to the similarity of tokens that only share a window because it wraps round."""
@@ -47,7 +46,7 @@ class SwinBlock(nn.Module):
         if not self.again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return part(given)
         # Nothing in it is random.
-        return checkpoint(part, given, use_reentrant=False, preserve_rng_state=False, context_fn=_both_times)
+        return checkpoint(part, given, use_reentrant=False, preserve_rng_state=False, context_fn=both_times)
 
     def _contract(self, hidden: Tensor) -> Tensor:
         return self.mlp.fc2(self.mlp.act(hidden))
@@ -68,11 +67,6 @@ class SwinBlock(nn.Module):
         if shifted:
             seen = seen.roll((down, right), (1, 2))
         return seen[:, :height, :width]
-
-
-def _both_times() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    # The backward pass runs outside of what surrounds the model, and must make the very same tensors.
-    return fast_on_cpu(), fast_on_cpu()
 
 
 def windows(maps: Shaped[Tensor, "B H W C"], window: Size) -> Shaped[Tensor, "B Y X h w C"]:

@@ -95,7 +95,7 @@ class TimmViT(Trunk, Resizable):
     ) -> None:
         super().__init__()
         timm = load_timm()
-        known = [*timm.list_models("vit_*"), *timm.list_pretrained("vit_*")]
+        known = [name for of in ("vit_*", "deit_*") for name in (*timm.list_models(of), *timm.list_pretrained(of))]
         if model not in known:
             raise ValueError(f"timm has no plain ViT '{model}'.{nearest(model, known)}")
         norm = None if norm_eps is None else partial(timm.layers.LayerNorm, eps=norm_eps)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from math import isqrt
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from maskfirst.backbones.timm_models import load_timm
+from maskfirst.backbones.beit import BEiT
 from maskfirst.convert.rename import Copy, Leave, Move, Rule, count
 from maskfirst.convert.vit import NO_HEAD
 from maskfirst.errors import UserError
@@ -34,7 +34,7 @@ def recognises(keys: Collection[str]) -> bool:
     )
 
 
-def build(tensors: Mapping[str, Tensor]) -> nn.Module:
+def build(tensors: Mapping[str, Tensor]) -> BEiT:
     """A BEiT of that size, without memory.
 
     Raises LookupError where a key or an axis of every BEiT is missing, UserError for positions of another kind.
@@ -51,21 +51,14 @@ def build(tensors: Mapping[str, Tensor]) -> nn.Module:
     if (2 * side - 1) ** 2 + _OUTSIDE != rows:
         raise UserError(f"its tables of relative positions have {rows} rows, as for no square picture; is it a BEiT's?")
     with torch.device("meta"):
-        vit = load_timm().models.beit.Beit(
-            img_size=side * patch,
-            patch_size=patch,
-            embed_dim=width,
+        return BEiT(
+            (side * patch, side * patch),
+            width=width,
             depth=count(tensors, _BLOCK),
-            num_heads=heads,
-            num_classes=0,
-            global_pool="token",
-            use_abs_pos_emb=False,
-            use_rel_pos_bias=True,
-            init_values=1.0,
+            heads=heads,
+            patch=patch,
+            final_norm="norm.weight" in tensors,
         )
-    if "norm.weight" not in tensors:
-        vit.norm = nn.Identity()
-    return nn.ModuleDict({"vit": vit})
 
 
 def rules(keys: Collection[str]) -> list[Rule]:

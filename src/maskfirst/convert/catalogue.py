@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
-from maskfirst.convert import beit, eomt, mask2former, segvit, strangers, vit
+from maskfirst.convert import beit, eomt, mask2former, segvit, strangers, vit, vit_adapter
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
 from maskfirst.errors import UserError, listed
@@ -68,6 +68,13 @@ _SCALES = r"vit\.blocks\.\d+\.ls[12]\.gamma"
 ORIGINS: tuple[Whole | Part, ...] = (
     Whole("SegViT", segvit.recognises, lambda tensors: str(segvit.facts(tensors)), segvit.plan, segvit.rules),
     Whole("EoMT", eomt.recognises, lambda tensors: str(eomt.facts(tensors)), eomt.plan, eomt.rules),
+    Whole(
+        "ViT-Adapter",
+        vit_adapter.recognises,
+        lambda tensors: str(vit_adapter.facts(tensors)),
+        vit_adapter.plan,
+        vit_adapter.rules,
+    ),
     Whole(
         "Mask2Former",
         mask2former.recognises,

@@ -106,7 +106,8 @@ def _original() -> list[Rule]:
     ]
 
 
-def _mmseg() -> list[Rule]:
+def mmseg_head() -> list[Rule]:
+    """mmseg's head, without what its mask embeddings stand on."""
     head, pixels = r"decode_head\.", r"decode_head\.pixel_decoder\."
     layer, home = rf"{pixels}encoder\.layers\.(\d+)\.", rf"{PIXELS}layers.\1."
     decoder, own = rf"{head}transformer_decoder\.layers\.(\d+)\.", rf"{HEAD}layers.\1."
@@ -191,7 +192,7 @@ SPELLINGS = (
         r"sem_seg_head\.predictor\.(query_feat|static_query)\.weight",
         _original,
     ),
-    Spelling("mmseg's Mask2Former", r"decode_head\.cls_embed\.weight", r"decode_head\.query_feat\.weight", _mmseg),
+    Spelling("mmseg's Mask2Former", r"decode_head\.cls_embed\.weight", r"decode_head\.query_feat\.weight", mmseg_head),
     Spelling(
         "transformers' Mask2Former",
         r"class_predictor\.weight",
