@@ -11,7 +11,7 @@ from .rows import Row, failed
 from .variant import variant
 
 PROSE = {".md", ".txt"}
-FILES = tables.FILES | vit_adapter_settings.FILES
+FILES = tables.FILES | vit_adapter_settings.FILES | vit_adapter.FILES
 """File name -> what compares it."""
 KINDS = {
     "Mask2Former MaskFormerHead (pixel decoder + masked decoder)": mask2former.original_head,

@@ -1,8 +1,10 @@
 """ViT-Adapter: the original's backbones on plain ViTs and BEiT, tap by tap in double precision; tables of other windows."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from maskfirst import recipe as recipes
 from maskfirst.backbones.adapter import Adapter
 from maskfirst.backbones.beit import EXTRA, geometric_places, geometric_table
 from maskfirst.build import Experiment
@@ -26,6 +29,8 @@ from . import upernet, vit_adapter_mask2former, vit_adapter_views
 from .arrays import Compared, read_arrays
 from .foreign import NotCoveredError, Settings
 from .rows import Row, Tolerance, compare, equal
+from .tables import read_json
+from .vit_adapter_settings import RECIPES, rates_and_decays
 
 ARRAYS = Tolerance(atol=1e-5)
 """In double precision; the fixtures are stored in single precision."""
@@ -215,6 +220,41 @@ def backbone_tree(config: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def manifest(folder: Path, path: Path) -> Iterator[Row]:
+    """Every key of a full-size model: to the bundled recipe that its shapes ask for, and to its place there."""
+    told = read_json(path)
+    told = told.get("keys", told)
+    with torch.device("meta"):
+        tensors = {key: torch.empty(each["shape"], dtype=getattr(torch, each["dtype"])) for key, each in told.items()}
+    plan = vit_adapter.plan(tensors)
+    if plan is None:
+        raise NotCoveredError(f"no recipe for {vit_adapter.facts(tensors)}")
+    shapes = {key: each.shape for key, each in published(plan[0]).state_dict().items()}
+    renamed = rename(tensors, vit_adapter.rules(tensors.keys()), shapes)
+    yield equal(path.name, f"keys, as {plan[0]}", len(renamed.homes) + len(renamed.left), len(told))
+    yield equal(
+        path.name, "keys left behind", {key.split(".")[-1] for key in renamed.left} - {"relative_position_index"}, set()
+    )
+
+
+@cache
+def published(name: str) -> Segmenter:
+    """The model of a bundled recipe, without memory."""
+    return Experiment(recipes.load(name)).segmenter(meta=True)
+
+
+def optimizer(folder: Path, path: Path) -> Iterator[Row]:
+    """The rate and the weight decay of every parameter, as the bundled recipe of that configuration steps it."""
+    told = read_json(path)
+    name = told["config"]
+    recipe = next((each for each, config in RECIPES.items() if re.fullmatch(rf"{config}(_ss|_ms)?", name)), None)
+    if recipe is None:
+        raise NotCoveredError(f"no recipe for {name}")
+    parameters = dict(published(recipe).named_parameters())
+    training = Experiment(recipes.load(recipe)).training()
+    yield from rates_and_decays(path.name, told, training, parameters, vit_adapter.rules(told["params"].keys()))
+
+
 def _pair(size: int | list[int]) -> list[int]:
     return [size, size] if isinstance(size, int) else size
 
@@ -246,3 +286,10 @@ def tables(folder: Path, path: Path) -> Iterator[Row]:
         told.take("max_dev_of_RectBivariateSpline", None)
         told.done()
     yield from compared.rest()
+
+
+FILES = {
+    r"(upernet|mask2former)_.+\.json\.gz": optimizer,
+    r"\w+__(upernet|mask2former)_.+\.json\.gz": manifest,
+}
+"""File name -> what compares it."""
