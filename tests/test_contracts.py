@@ -43,6 +43,8 @@ BACKBONES: Mapping[str, Mapping[str, Any]] = {
         "backbone": {"kind": "taps", "trunk": TRUNK, "depths": [2]},
         "width": 8,
     },
+    "deconv_pyramid": {"backbone": {"kind": "taps", "trunk": TRUNK | {"depth": 4}, "depths": [0, 1, 2, 3]}},
+    "adapter": {"trunk": TRUNK | {"depth": 4}, "heads": 2, "stem": 4},
 }
 SIZES = ((SIDE, SIDE), (45, 70), (33, 16))
 

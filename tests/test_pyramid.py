@@ -7,6 +7,9 @@ import timm
 import torch
 from torch import nn
 
+from maskfirst.backbones.beit import BEiT
+from maskfirst.backbones.deconv_pyramid import DeconvPyramid
+from maskfirst.backbones.doubling import Doubling
 from maskfirst.backbones.pyramid import Pyramid
 from maskfirst.backbones.simple_pyramid import SimplePyramid
 from maskfirst.backbones.swin import SwinBlock
@@ -250,3 +253,48 @@ def test_the_last_map_of_a_stride_counts() -> None:
 def test_strides_that_do_not_fit_are_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="give its trunk another `patch`"):
         SimplePyramid(Taps(plain(14), (1,)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+def test_doubling_is_a_transposed_convolution(size: tuple[int, int]) -> None:
+    ours, theirs = Doubling(6).double(), nn.ConvTranspose2d(6, 6, 2, 2).double()
+    with torch.no_grad():
+        ours.bias.normal_()
+    assert not set(theirs.load_state_dict(ours.state_dict())[0])
+    maps = torch.randn(2, 6, *size).double()
+    torch.testing.assert_close(ours(maps), theirs(maps))
+
+
+def four_taps(patch: int = 16) -> Taps:
+    trunk = TimmViT((64, 64), "vit_tiny_patch16_224", width=32, depth=5, heads=2, patch=patch, final_norm=False)
+    return Taps(trunk, (0, 1, 3, 4))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (45, 70)])
+def test_taps_become_a_pyramid_by_transposed_convolutions(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    pyramid = DeconvPyramid(four_taps()).eval()
+    pixels = torch.rand(2, 3, *size) * 255
+    height, width = (-(-side // 32) * 32 for side in size)
+    mean = torch.tensor(pyramid.mean).view(1, 3, 1, 1)
+    filled = torch.cat([pixels, mean.expand(2, -1, size[0], width - size[1])], 3)
+    filled = torch.cat([filled, mean.expand(2, -1, height - size[0], width)], 2)
+    with torch.inference_mode():
+        maps, taps = pyramid(pixels), pyramid.get_submodule("backbone")(filled)
+    for found, stride in zip(maps, (4, 8, 16, 32), strict=True):
+        assert found.shape == (2, 32, height // stride, width // stride)
+    assert torch.equal(maps[2], taps[2])
+    assert torch.equal(maps[3], nn.functional.max_pool2d(taps[3], 2))
+
+
+def test_beit_s_baseline_has_as_many_parameters_as_published() -> None:
+    with torch.device("meta"):
+        trunk = BEiT((512, 512), "beit_large_patch16_224", layer_scale=1e-6)
+        pyramid = DeconvPyramid(Taps(trunk, (7, 11, 15, 23)))
+    assert sum(parameter.numel() for parameter in pyramid.parameters()) == 317_235_712
+
+
+def test_taps_that_are_no_four_of_stride_16_are_refused_with_the_remedy() -> None:
+    for taps in (Taps(plain(), (0, 1)), four_taps(8)):
+        with pytest.raises(ValueError, match=r"needs four maps of stride 16 px and one width, .*give it `taps`"):
+            DeconvPyramid(taps)

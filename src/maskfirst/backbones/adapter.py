@@ -152,8 +152,8 @@ class Adapter(Backbone):
     part without `convolution_ffn`. `extra_extractors`: further ones after the last group. `add_trunk`: the patches after four
     groups are added to the four maps. `gate`: what the injectors' gates begin with; the original has 0 with plain ViTs and
     1e-6 with BEiT. `drop_path`: the rate at which every extractor's feed-forward part is dropped. `norm_eps`: of every
-    LayerNorm. `checkpointing`: blocks, injectors and extractors are run anew in the backward pass, which saves most of the
-    memory and costs a third of the time.
+    LayerNorm. `checkpointing`: blocks, injectors and extractors are run anew in the backward pass, which takes less memory
+    and more time.
 
     Tokens before the patches, class and registers, go through the blocks alone.
     """

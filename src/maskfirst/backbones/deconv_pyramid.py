@@ -7,6 +7,7 @@ import math
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from maskfirst.backbones.doubling import Doubling
 from maskfirst.backbones.pixels import fill_up
@@ -28,7 +29,6 @@ class DeconvPyramid(Backbone):
         self.backbone = backbone
         self.quarter = nn.Sequential(Doubling(width), nn.BatchNorm2d(width), nn.GELU(), Doubling(width))
         self.eighth = Doubling(width)
-        self.half = nn.MaxPool2d(2, 2)
         self.channels = backbone.channels
         self.strides = STRIDES
         self.mean = backbone.mean
@@ -36,4 +36,4 @@ class DeconvPyramid(Backbone):
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _c _h _w"]]:
         first, second, third, fourth = self.backbone(fill_up(pixels, self.mean, self.multiple))
-        return [self.quarter(first), self.eighth(second), third, self.half(fourth)]
+        return [self.quarter(first), self.eighth(second), third, F.max_pool2d(fourth, 2)]
