@@ -253,8 +253,9 @@ def _groups(interactions: Sequence[tuple[int, int]] | None, depth: int) -> tuple
                 f"a trunk of {depth} blocks does not fall into four groups of one length; give `interactions`"
             )
         return tuple((length * group, length * (group + 1) - 1) for group in range(4))
-    blocks = [block for first, last in interactions for block in range(first, last + 1)]
-    if blocks != list(range(depth)) or any(last < first for first, last in interactions):
+    ends = [-1, *(last for _, last in interactions)]
+    follow = all(before + 1 == first <= last for before, (first, last) in zip(ends[:-1], interactions, strict=True))
+    if not follow or ends[-1] != depth - 1:
         told = [list(group) for group in interactions]
         raise ValueError(
             f"interactions {told} should be groups in a row of the trunk's blocks 0..{depth - 1}, all of them"
