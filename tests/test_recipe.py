@@ -487,7 +487,8 @@ def test_building_on_meta_gives_the_same_tensors_without_their_memory() -> None:
         ("propser.queries=5", f"unknown key 'propser'. Did you mean 'proposer'? Known: {', '.join(KEYS)}."),
         ("proposer.heds=5", "proposer: unknown key 'heds'. Did you mean 'heads'? "
          "Known: backbone, width, heads, layers, queries, dropout, spread, read_out, earlier."),
-        ("proposer.backbone.trunk.kind=vitt", "proposer.backbone.trunk: unknown kind 'vitt'. Did you mean 'vit'? Known: vit."),
+        ("proposer.backbone.trunk.kind=vitt", "proposer.backbone.trunk: unknown kind 'vitt'. Did you mean 'vit'? "
+         "Known: beit, vit."),
         ("proposer.heads=3", "proposer: width 16 is not divisible by 3 heads"),
         ("proposer.backbone.trunk.model=vit_tinny_patch16_224", "proposer.backbone.trunk: timm has no plain ViT "
          "'vit_tinny_patch16_224'. Did you mean 'vit_tiny_patch16_224'?"),
@@ -506,7 +507,7 @@ def test_building_on_meta_gives_the_same_tensors_without_their_memory() -> None:
         ("train={steps: 10, batch: 0}", "train: batch: 0 must be at least 1"),
         ("inference.stride=[8, 8]", "inference: stride without window; give both or neither"),
         ("inference.winow=[8, 8]", "inference: unknown key 'winow'. Did you mean 'window'? "
-         "Known: fit, window, stride, multiple, scales, flip, average, order, thresholds, batch, strip."),
+         "Known: fit, window, stride, multiple, pad, fill, tta_fit, scales, flip, average, order, thresholds, batch, strip."),
         ("namer.freeze=[linear]", "namer.freeze: 'linear' matches no whole name of its 2 parameters. "
          "Did you mean 'linear.bias'?"),
         ("proposer.freeze=['(']", "proposer.freeze: '(' is no regular expression: "

@@ -231,7 +231,7 @@ def jax_convert(folder: Path, path: Path) -> Iterator[Row]:
             num_classes=0,
         )
     shapes = {f"vit.{key}": tensor.shape for key, tensor in ours.state_dict().items()}
-    straight = rename(jax, vit.jax_rules(final_norm=True), shapes).tensors
+    straight = rename(jax, vit.jax_rules(), shapes).tensors
     by_way = rename(mmseg, vit.mmseg_rules(final_norm=True), shapes).tensors
     for key in shapes:
         yield same_tensors(path.name, key, straight[key], by_way[key])
