@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import offline
 from fixtures_dir import FIXTURES
 from maskfirst.backbones.beit import EXTRA, TABLE, BEiT, bicubic_table, geometric_places, geometric_table, table_rows
 from maskfirst.errors import UserError
@@ -212,17 +213,7 @@ def test_what_cannot_be_carried_over_is_left() -> None:
 
 @pytest.mark.parametrize("final_norm", [False, True])
 def test_pretrained_weights_come_with_carried_tables(monkeypatch: pytest.MonkeyPatch, final_norm: bool) -> None:
-    create, made = timm.create_model, []
-
-    def offline(name: str, pretrained: bool = False, **settings: Any) -> Any:
-        model = create(name, pretrained=False, **settings | ({"depth": 1} if pretrained else {}))
-        if pretrained:
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter)
-            made.append(model)
-        return model
-
-    monkeypatch.setattr(timm, "create_model", offline)
+    made = offline.made_up(monkeypatch, depth=1)
     trunk = BEiT((48, 64), "beit_base_patch16_224.in22k_ft_in22k", depth=1, final_norm=final_norm, pretrained=True)
     theirs = made[0].state_dict()
     for name, tensor in trunk.vit.state_dict().items():

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from fixtures_dir import FIXTURES
 from maskfirst import recipe
-from maskfirst.build import MENUS
+from maskfirst.build import MENUS, Experiment
 from maskfirst.contracts import Augmentation
-from maskfirst.convert import mask2former
-from maskfirst.convert.rename import Move, destinations
+from maskfirst.convert import vit_adapter
+from maskfirst.convert.rename import destinations
 from maskfirst.segmenter import Inference
 from maskfirst.training import Training
 from parity.rows import Row, table
 from parity.runner import run
 from parity.tables import read_json
-from parity.vit_adapter_settings import augment, inference, rates_and_decays, train
+from parity.vit_adapter import published
+from parity.vit_adapter_settings import RECIPES, augment, inference, rates_and_decays, train
 
 SUBSET = Path(__file__).parent / "fixtures" / "vit-adapter"
 FOLDERS = [SUBSET] if FIXTURES is None else [SUBSET, FIXTURES / "vit-adapter"]
@@ -46,36 +45,36 @@ def test_data_holds(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_told_by_keys_of_recipes(name: str) -> None:
-    """And by such that their parts take."""
+    """And by such that their parts take, and that say the same."""
     config = CONFIGS[name]
-    for node, kind in (
-        (inference(config), Inference),
-        (augment(config), list[Augmentation]),
-        (train(config), Training),
-    ):
-        recipe.construct(node, kind, menus=MENUS, where="", source=name)
+
+    def built(node: Any, kind: Any) -> Any:
+        return recipe.construct(node, kind, menus=MENUS, where="", source=name)
+
+    shown, steps = built(inference(config), Inference), built(train(config), Training)
+    scale, fit = config["test_pipeline"][1]["img_scale"], shown.fit
+    assert [list(each) for each in (shown.window, shown.stride)] == [
+        config["test_cfg"][key] for key in ("crop_size", "stride")
+    ]
+    assert fit.short == min(scale)
+    assert fit.long == max(scale) or fit.least == min(config["test_cfg"]["crop_size"])
+    assert [type(each).__name__ for each in built(augment(config), list[Augmentation])] == [
+        "RandomScale", "RandomCrop", "RandomFlip", "Photometric", "Pad",
+    ]  # fmt: skip
+    assert (steps.steps, steps.optimizer.lr) == (config["max_iters"], config["optimizer"]["lr"])
+    assert steps.batch in (8, 16)
 
 
-STAND_IN = [
-    Move(r"backbone\.level_embed", "proposer.backbone.level_embed"),
-    Move(r"backbone\.spm\.(.*)", r"proposer.backbone.prior.\1"),
-    Move(r"backbone\.((?:interactions|up)\..*)", r"proposer.backbone.\1"),
-    Move(r"backbone\.norm(\d\..*)", r"proposer.backbone.norms.\1"),
-    Move(r"backbone\.(.*)", r"proposer.backbone.trunk.vit.\1"),
-]
-UPERNET = [Move(r"decode_head\.(.*)", r"proposer.\1"), Move(r"auxiliary_head\.(.*)", r"proposer.auxiliary.\1")]
-"""The names of the backbone and of UperNet as the rules expect them; a Mask2Former's are its own."""
+def bundled(name: str) -> str:
+    """The recipe of a config."""
+    return next(each for each, config in RECIPES.items() if re.fullmatch(rf"{config}(_ss)?", name))
 
 
-def grouped(name: str, told: dict[str, Any], manifest: dict[str, Any]) -> list[Row]:
-    """The rows of a config's parameters: `told` as in `optim`, their shapes and order as in a manifest."""
-    theirs = {key: each["shape"] for key, each in manifest.items() if each["kind"] == "param"}
-    head = mask2former.rules(theirs) if mask2former.recognises(theirs) else UPERNET
-    parameters = {}
-    for key, homes in destinations(theirs, [*STAND_IN, *head]).items():
-        parameters |= {home: nn.Parameter(torch.empty(theirs[key], device="meta")) for home in homes}
-    training = recipe.construct(train(CONFIGS[name]), Training, menus={}, where="train", source=name)
-    return [*rates_and_decays(name, told, training, parameters, [*STAND_IN, *head])]
+def grouped(name: str, told: dict[str, Any]) -> list[Row]:
+    """The rows of the parameters of a config's recipe: `told` as in `optim`."""
+    training = Experiment(recipe.load(bundled(name))).training()
+    parameters = dict(published(bundled(name)).named_parameters())
+    return [*rates_and_decays(name, told, training, parameters, vit_adapter.rules(told["params"]))]
 
 
 def by_the_text(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -101,26 +100,19 @@ def by_the_text(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
     return {"config": name, "base_lr": settings["lr"], "base_weight_decay": decay, "columns": columns, "params": told}
 
 
-RECORDED = {
-    "upernet_deit_adapter_small_512_160k_ade20k": "ade20k__upernet_deit_adapter_small_512_160k_ade20k",
-    # The same network for another number of classes.
-    "mask2former_beit_adapter_base_480_40k_pascal_context_59_ss": (
-        "coco_stuff10k__mask2former_beit_adapter_base_512_40k_cocostuff10k_ss"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", RECORDED)
-def test_rates_and_decays_are_the_recorded_ones(name: str) -> None:
-    """Of every parameter, by the rules that its config becomes."""
-    told = read_json(SUBSET / "optim" / f"{name}.json.gz")
-    manifest = read_json(SUBSET / "manifests" / f"{RECORDED[name]}.json.gz")
-    bad = [row for row in grouped(told["config"], told, manifest) if not row.passed]
+@pytest.mark.parametrize("path", sorted((SUBSET / "optim").glob("*.json.gz")), ids=lambda path: path.name)
+def test_rates_and_decays_are_the_recorded_ones(path: Path) -> None:
+    """And the text of the original, read anew, is that of the records."""
+    told = read_json(path)
+    bad = [row for row in grouped(told["config"], told) if not row.passed]
     assert not bad, table(bad)
-    expected = by_the_text(told["config"], manifest)
+    own = dict(published(bundled(told["config"])).named_parameters())
+    homes = destinations(told["params"], vit_adapter.rules(told["params"]))
+    shapes = {key: {"shape": own[goals[0]].shape, "kind": "param"} for key, goals in homes.items()}
+    expected = by_the_text(told["config"], shapes)
     assert {key: pytest.approx(each, rel=1e-12) for key, each in expected["params"].items()} == told["params"]
     told["params"]["backbone.blocks.3.attn.proj.bias"] = [0.7, 0.0]
-    assert len([row for row in grouped(told["config"], told, manifest) if not row.passed]) == 1
+    assert len([row for row in grouped(told["config"], told) if not row.passed]) == 1
 
 
 MANIFESTS = sorted(path for folder in FOLDERS[-1:] for path in (folder / "manifests").glob("*__*.json.gz"))
@@ -131,7 +123,7 @@ def test_rates_and_decays_are_the_original_s(path: Path) -> None:
     """Also where they are not recorded: both kinds of rules on every kind of trunk and head."""
     name = path.name.removesuffix(".json.gz").replace("__", "/")
     manifest = read_json(path)
-    bad = [row for row in grouped(name, by_the_text(name, manifest), manifest) if not row.passed]
+    bad = [row for row in grouped(name, by_the_text(name, manifest)) if not row.passed]
     assert not bad, table(bad)
 
 

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+import offline
 from maskfirst.backbones.beit import BEiT
 from maskfirst.backbones.deconv_pyramid import DeconvPyramid
 from maskfirst.backbones.doubling import Doubling
@@ -182,22 +183,8 @@ def test_tables_of_relative_positions_come_from_other_windows() -> None:
     assert wide.resize_from("nothing", table) is None
 
 
-def offline(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Lets timm make up the weights that it would fetch."""
-    create, made = timm.create_model, []
-
-    def create_offline(name: str, pretrained: bool = False, **settings: Any) -> Any:
-        model = create(name, pretrained=False, **settings)
-        if pretrained:
-            made.append(model)
-        return model
-
-    monkeypatch.setattr(timm, "create_model", create_offline)
-    return made
-
-
 def test_pretrained_weights_are_taken_over_for_other_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = offline(monkeypatch)
+    made = offline.made_up(monkeypatch)
     pyramid = Pyramid(window=5, pretrained=True)
     theirs, ours = made[0].state_dict(), pyramid.trunk.state_dict()
     assert {name for name in theirs if name not in ours} == {"norm.weight", "norm.bias"}
@@ -212,14 +199,7 @@ def test_pretrained_weights_are_taken_over_for_other_windows_too(monkeypatch: py
 
 
 def test_pretrained_weights_that_cannot_be_fetched_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
-
-    def unreachable(name: str, pretrained: bool = False, **settings: Any) -> Any:
-        if pretrained:
-            raise OSError("no route\nto host")
-        return create(name, pretrained=False, **settings)
-
-    monkeypatch.setattr(timm, "create_model", unreachable)
+    offline.unreachable(monkeypatch)
     with pytest.raises(UserError, match=r"could not be fetched \(no route to host\); give `weights:` instead"):
         Pyramid("resnet18", norms=False, pretrained=True)
 

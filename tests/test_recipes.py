@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
 
+import offline
 from fixtures_dir import FIXTURES
 from maskfirst import recipe
 from maskfirst.backbones.vit import TimmViT, resize_positions
@@ -137,16 +136,7 @@ SMALL = {"model": "vit_tiny_patch16_384.augreg_in21k_ft_in1k", "final_norm": Fal
 
 
 def test_pretrained_weights_come_with_resized_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
-    made: list[Any] = []
-
-    def offline(name: str, pretrained: bool = False, **settings: Any) -> Any:
-        model = create(name, pretrained=False, **settings)
-        if pretrained:
-            made.append(model)
-        return model
-
-    monkeypatch.setattr(timm, "create_model", offline)
+    made = offline.made_up(monkeypatch)
     trunk = TimmViT((64, 64), pretrained=True, **SMALL)
     (trained,) = made
     own, theirs = trunk.vit.state_dict(), trained.state_dict()
@@ -162,13 +152,6 @@ def test_pretrained_weights_come_with_resized_positions(monkeypatch: pytest.Monk
 
 
 def test_pretrained_weights_that_cannot_be_fetched_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
-
-    def unreachable(name: str, pretrained: bool = False, **settings: Any) -> Any:
-        if pretrained:
-            raise OSError("no route\nto host")
-        return create(name, pretrained=False, **settings)
-
-    monkeypatch.setattr(timm, "create_model", unreachable)
+    offline.unreachable(monkeypatch)
     with pytest.raises(UserError, match=r"could not be fetched \(no route to host\); give `weights:` instead"):
         TimmViT((64, 64), pretrained=True, **SMALL)

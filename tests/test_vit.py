@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import offline
 from maskfirst.backbones.vit import TimmViT, resize_positions
 from maskfirst.errors import UserError
 
@@ -59,15 +59,7 @@ def test_files_with_a_row_for_the_class_token_fit_a_vit_without_it(side: int) ->
 
 
 def test_pretrained_weights_fit_without_a_class_token_and_with_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    create, made = timm.create_model, []
-
-    def offline(name: str, pretrained: bool = False, **settings: Any) -> Any:
-        model = create(name, pretrained=False, **settings)
-        if pretrained:
-            made.append(model)
-        return model
-
-    monkeypatch.setattr(timm, "create_model", offline)
+    made = offline.made_up(monkeypatch)
     trunk = TimmViT(
         (64, 64), "vit_tiny_patch16_224", class_token="absent", layer_scale=1.0, final_norm=False, pretrained=True
     )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
-from maskfirst.backbones.timm_models import load_timm, pretrained_model, resize_kernel, take_over
+from maskfirst.backbones.timm_models import create, load_timm, pretrained_model, resize_kernel, take_over
 from maskfirst.contracts import Resizable, Trunk
-from maskfirst.errors import UserError, nearest
+from maskfirst.errors import UserError
 from maskfirst.frames import Size
 
 TABLE = "relative_position_bias_table"
@@ -125,27 +125,23 @@ class BEiT(Trunk, Resizable):
     ) -> None:
         super().__init__()
         timm = load_timm()
-        known = [name for of in ("beit_*", "beitv2_*") for name in (*timm.list_models(of), *timm.list_pretrained(of))]
-        if model not in known:
-            raise ValueError(f"timm has no BEiT '{model}'.{nearest(model, known)}")
         if layer_scale == 0:
             raise ValueError("layer_scale 0 would keep every branch from learning at first; take 1e-6")
-        chosen: dict[str, Any] = {
-            "embed_dim": width,
-            "depth": depth,
-            "num_heads": heads,
-            "patch_size": patch,
-            "norm_layer": None if norm_eps is None else partial(timm.layers.LayerNorm, eps=norm_eps),
-            "init_values": layer_scale,
-        }
-        self.vit: Any = timm.create_model(
+        self.vit: Any = create(
             model,
+            "BEiT",
+            "beit_*",
+            "beitv2_*",
             # One patch, as timm would keep the places of all pairs of tokens in every block.
             img_size=patch or 16,
-            num_classes=0,
             global_pool="",
             drop_path_rate=drop_path,
-            **{key: value for key, value in chosen.items() if value is not None},
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            patch_size=patch,
+            norm_layer=None if norm_eps is None else partial(timm.layers.LayerNorm, eps=norm_eps),
+            init_values=layer_scale,
         )
         if not final_norm:
             self.vit.norm = nn.Identity()

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.swin import SwinBlock
-from maskfirst.backbones.timm_models import load_timm, pretrained_model, take_over
+from maskfirst.backbones.timm_models import create, pretrained_model, take_over
 from maskfirst.contracts import Backbone, Resizable
-from maskfirst.errors import nearest
 
 STRIDES = (4, 8, 16, 32)
 
@@ -71,17 +70,12 @@ class Pyramid(Backbone, Resizable):
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        timm = load_timm()
-        known = [*timm.list_models(), *timm.list_pretrained()]
-        if model not in known:
-            raise ValueError(f"timm has no model '{model}'.{nearest(model, known)}")
         settings: dict[str, Any] = {"depths": depths, "num_heads": heads, "window_size": window}
         if model.startswith("swin_"):
             settings |= {"embed_dim": widths and widths[0], "strict_img_size": False, "always_partition": True}
         else:
             settings |= {"dims": widths}
-        chosen = {key: value for key, value in settings.items() if value is not None}
-        trunk = _create(timm, model, drop_path_rate=drop_path, **chosen)
+        trunk = create(model, "model", "*", drop_path_rate=drop_path, **settings)
         if pretrained:
             own = trunk.state_dict()
             take_over(
@@ -125,13 +119,6 @@ class Pyramid(Backbone, Resizable):
         """Swin's tables of relative positions are resized to other windows, bicubically."""
         own = self.state_dict().get(name)
         return None if own is None else _resized(name, tensor, own)
-
-
-def _create(timm: Any, model: str, **settings: Any) -> Any:
-    try:
-        return timm.create_model(model, num_classes=0, **settings)
-    except TypeError as error:
-        raise ValueError(f"{model} cannot be made like that: {error}") from error
 
 
 def _resized(name: str, tensor: Tensor, own: Tensor) -> Tensor | None:

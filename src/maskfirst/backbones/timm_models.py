@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskfirst.errors import UserError
+from maskfirst.errors import UserError, nearest
 
 
 def load_timm() -> Any:
@@ -20,6 +20,22 @@ def load_timm() -> Any:
             f"({torch.__version__}); install both from the same index"
         ) from error
     return timm
+
+
+def create(model: str, what: str, *patterns: str, **settings: Any) -> Any:
+    """timm's `model` without a classifier, with a tag of pretrained weights or without; settings of None are the model's own.
+
+    Raises ValueError where none of timm's names that fit `patterns`, those of `what`, is so, or where settings do not suit it.
+    """
+    timm = load_timm()
+    known = [name for each in patterns for name in (*timm.list_models(each), *timm.list_pretrained(each))]
+    if model not in known:
+        raise ValueError(f"timm has no {what} '{model}'.{nearest(model, known)}")
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    try:
+        return timm.create_model(model, num_classes=0, **chosen)
+    except TypeError as error:
+        raise ValueError(f"{model} cannot be made like that: {error}") from error
 
 
 def pretrained_model(model: str, **settings: Any) -> nn.Module:

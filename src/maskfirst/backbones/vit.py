@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.swin import windows
-from maskfirst.backbones.timm_models import load_timm, pretrained_model, resize_kernel, take_over
+from maskfirst.backbones.timm_models import create, load_timm, pretrained_model, resize_kernel, take_over
 from maskfirst.contracts import Backbone, Resizable, Trunk
-from maskfirst.errors import UserError, nearest
+from maskfirst.errors import UserError
 from maskfirst.frames import Size
 
 
@@ -95,27 +95,21 @@ class TimmViT(Trunk, Resizable):
     ) -> None:
         super().__init__()
         timm = load_timm()
-        known = [name for of in ("vit_*", "deit_*") for name in (*timm.list_models(of), *timm.list_pretrained(of))]
-        if model not in known:
-            raise ValueError(f"timm has no plain ViT '{model}'.{nearest(model, known)}")
-        norm = None if norm_eps is None else partial(timm.layers.LayerNorm, eps=norm_eps)
-        chosen: dict[str, Any] = {
-            "embed_dim": width,
-            "depth": depth,
-            "num_heads": heads,
-            "patch_size": patch,
-            "norm_layer": norm,
-            "init_values": layer_scale,
-            "class_token": False if class_token == "absent" else None,
-        }
-        sides = max(size)
-        self.vit: Any = timm.create_model(
+        self.vit: Any = create(
             model,
-            img_size=sides,
-            num_classes=0,
+            "plain ViT",
+            "vit_*",
+            "deit_*",
+            img_size=max(size),
             global_pool="",
             drop_path_rate=drop_path,
-            **{key: value for key, value in chosen.items() if value is not None},
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            patch_size=patch,
+            norm_layer=None if norm_eps is None else partial(timm.layers.LayerNorm, eps=norm_eps),
+            init_values=layer_scale,
+            class_token=False if class_token == "absent" else None,
         )
         self.rotary = isinstance(self.vit, timm.models.eva.Eva)
         if type(self.vit) not in (timm.models.vision_transformer.VisionTransformer, timm.models.eva.Eva) or (
