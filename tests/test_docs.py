@@ -198,7 +198,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
 } | {
     kind.__name__: kind for kind in (Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
 }  # fmt: skip
-GIVEN = ("vocabulary", "size", "width")
+GIVEN = ("vocabulary", "size", "width", "segmenter", "settings")
 
 
 def told() -> dict[str, dict[str, str]]:

@@ -20,14 +20,14 @@ import tiny_parts
 from maskfirst import memory, ranks, weights
 from maskfirst.callback import Callback
 from maskfirst.checkpoint import STATE, State
+from maskfirst.contracts import Phase, Turns
 from maskfirst.errors import UserError
 from maskfirst.evaluate import Evaluation
 from maskfirst.loggers import TensorBoard
 from maskfirst.optim import Optimizer, parameter_groups
-from maskfirst.phase import NonFiniteError, Phase, Trained, Turns
+from maskfirst.phase import NonFiniteError, Trained
 from maskfirst.segmenter import Segmenter
 from maskfirst.train import Result, train
-from maskfirst.training import Training
 from maskfirst.types import Batch
 
 TESTS = Path(__file__).parent
@@ -387,7 +387,7 @@ def _metadata(path: Path) -> str:
 class Alternating(Phase):
     """First the trunk, then the head, which must see the trunk as it is after its step."""
 
-    def __init__(self, segmenter: Segmenter, settings: Training) -> None:
+    def __init__(self, segmenter: Segmenter) -> None:
         parts = {"trunk": segmenter.proposer.get_submodule("blocks"), "head": segmenter.proposer.get_submodule("head")}
         self.segmenter, self.seen = segmenter, []
         self.modules = {name: Trained(part) for name, part in parts.items()}
@@ -408,8 +408,8 @@ class Alternating(Phase):
 def test_a_phase_of_two_turns_steps_the_first_before_the_second(tmp_path: Path) -> None:
     phases: list[Alternating] = []
 
-    def make(segmenter: Segmenter, settings: Training) -> Phase:
-        phases.append(Alternating(segmenter, settings))
+    def make(segmenter: Segmenter) -> Phase:
+        phases.append(Alternating(segmenter))
         return phases[0]
 
     run(tiny_parts.recipe(steps=1, micro=2, evaluate_every=1.0), tmp_path, make_phase=make)

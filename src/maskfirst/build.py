@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from maskfirst import recipe as recipes
 from maskfirst import tasks, weights
-from maskfirst.contracts import Augmentation, Backbone, Criterion, Dataset, Namer, Proposer, Trunk
+from maskfirst.contracts import Augmentation, Backbone, Criterion, Dataset, Namer, Phase, Proposer, Trunk
 from maskfirst.data import vocabulary as vocabularies
 from maskfirst.errors import UserError, nearest
 from maskfirst.frames import Size
@@ -54,6 +54,7 @@ MENUS: dict[type, dict[str, str]] = {
         "fixed": "maskfirst.criteria.fixed:Fixed",
         "pixel": "maskfirst.criteria.pixel:Pixel",
     },
+    Phase: {"ordinary": "maskfirst.phase:Ordinary"},
     Dataset: {
         "folder": "maskfirst.data.folder:Folder",
         "yolo": "maskfirst.data.yolo:Yolo",
@@ -85,7 +86,7 @@ MENUS: dict[type, dict[str, str]] = {
 """Contract -> `kind` in a recipe -> the class, imported when it is chosen. Adding a part is adding its line here."""
 
 KEYS = (
-    "base", "size", "task", "vocabulary", "proposer", "namer", "criterion", "inference", "data", "augment", "train",
+    "base", "size", "task", "vocabulary", "proposer", "namer", "criterion", "inference", "data", "augment", "phase", "train",
     "published", "measured",
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
@@ -151,7 +152,8 @@ class Experiment:
             proposer = self._part(tree, "proposer", Proposer, given, finishes)
             width = {} if proposer.width is None else {"width": proposer.width}
             namer = self._part(tree, "namer", Namer, given | {Namer: width}, finishes)
-            criterion = self._part(tree, "criterion", Criterion, given, finishes)
+            own_losses = tree.get("criterion") is None and tree.get("phase") is not None
+            criterion = None if own_losses else self._part(tree, "criterion", Criterion, given, finishes)
             inference = self._part({"inference": {}} | tree, "inference", Inference, given, finishes)
             try:
                 tasks.check_task(self.task, proposer.tasks, self.vocabulary)
@@ -182,6 +184,11 @@ class Experiment:
         """The section `train`."""
         return self._part(self.recipe.tree, "train", Training, {}, {})
 
+    def phase(self, segmenter: Segmenter) -> Phase:
+        """What a training step of `segmenter` is."""
+        given = {Phase: {"segmenter": segmenter, "settings": self.training()}}
+        return self._part({"phase": {"kind": "ordinary"}} | self.recipe.tree, "phase", Phase, given, {})
+
     def check(self) -> None:
         """Builds all that needs no data, no GPU and no weights, so that mistakes show first. Costs no memory.
 
@@ -194,7 +201,9 @@ class Experiment:
             if node is not None:
                 recipes.check(node, Dataset, **self._for_data(split))
         self.augmentations()
-        self.segmenter(meta=True)
+        segmenter = self.segmenter(meta=True)
+        if "phase" in self.recipe.tree:
+            self.phase(segmenter)
 
     def _part(
         self,

@@ -119,7 +119,8 @@ class RunFolder:
         for index in range(0, len(dataset), max(1, len(dataset) // max(1, count)))[:count]:
             with contextlib.suppress(ImageError):
                 sample = dataset[index]
-                answer = segmenter.predict(sample.image, task, truth=sample.truth if segmenter.uses_truth else None)
+                seen = sample.truth if segmenter.uses_truth else None
+                answer = segmenter.predict(sample.image, task, truth=seen, key=sample.key)
                 words = segmenter.vocabulary
                 truth = tasks.targets(sample.truth, words, task)
                 rows.append(draw.side_by_side(sample.image, truth, answer, words, sample.key, task))

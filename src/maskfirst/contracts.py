@@ -1,18 +1,19 @@
-"""The contracts of the parts: what a trunk, backbone, proposer, namer, criterion, data set and metric promise.
+"""The contracts of the parts: what a trunk, backbone, proposer, namer, criterion, phase, data set and metric promise.
 
 All are abstract; an implementation is final and is built from a recipe by its constructor's arguments.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from maskfirst.frames import Size
-from maskfirst.types import Batch, Names, Proposals, Sample, Segments, Vocabulary
+from maskfirst.types import Batch, Names, Proposals, Sample, Segments, Vocabulary, collate
 
 
 class Trunk(nn.Module, ABC):
@@ -118,6 +119,33 @@ class Criterion(nn.Module, ABC):
     @abstractmethod
     def forward(self, proposals: Proposals, names: Names, truth: Sequence[Segments]) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name; their plain sum is the loss. `earlier` proposals are the caller's to pass one by one."""
+
+
+Turns = Generator[dict[str, Tensor]]
+
+
+class Phase(ABC):
+    """Several turns a step, each with its own losses, its own optimizer and the module that this one trains.
+
+    The loop does zero, backward, clip and step for each turn before it asks for the next, so that a later turn sees what an
+    earlier one has learnt. Of several micro-batches the first turns are accumulated and stepped before the second turn of
+    any is asked for. The losses of a turn must reach every trainable parameter of its module, whatever the batch: that lets
+    processes train together without a search for unused parameters at every step.
+    """
+
+    modules: dict[str, nn.Module]
+    """By the turn's name, in the order of the turns. The loop puts wrapped ones in their place: a turn calls
+    `self.modules[name](function)` with what is to be run."""
+    optimizers: dict[str, torch.optim.Optimizer]
+    """By the turn's name; their groups come from `optim.parameter_groups`."""
+
+    def collate(self, samples: Sequence[Sample], task: str) -> Batch:
+        """Samples of one size as the batch that `turns` is given."""
+        return collate(samples, task)
+
+    @abstractmethod
+    def turns(self, batch: Batch) -> Turns:
+        """The weighted losses of each turn, lazily; their plain sum is trained on."""
 
 
 class Dataset(ABC):

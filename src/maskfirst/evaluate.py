@@ -112,7 +112,7 @@ def evaluate(
 
     def predicted(sample: Sample) -> Segments:
         truth = sample.truth if segmenter.uses_truth else None
-        return segmenter.predict(sample.image, task, augment=augment, truth=truth)
+        return segmenter.predict(sample.image, task, augment=augment, truth=truth, key=sample.key)
 
     for done, (index, reading) in enumerate(ahead(dataset.__getitem__, shard, workers), 1):
         try:

@@ -1,8 +1,7 @@
-"""Phase: what one training step is, as turns of losses and the optimizers that answer them."""
+"""The ordinary phase, in which the segmenter's own losses train all of it; how the loop runs a step of any phase."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -10,14 +9,13 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from maskfirst import ranks
+from maskfirst.contracts import Phase, Turns
 from maskfirst.errors import UserError
 from maskfirst.optim import parameter_groups
 from maskfirst.segmenter import Segmenter
 from maskfirst.stream import Load
 from maskfirst.training import Training
-from maskfirst.types import Batch, collate
-
-Turns = Generator[dict[str, Tensor]]
+from maskfirst.types import Batch
 
 
 class Trained(nn.Module):
@@ -35,30 +33,12 @@ class Trained(nn.Module):
         return run()
 
 
-class Phase(ABC):
-    """Several turns a step, each with its own losses, its own optimizer and the module that this one trains.
-
-    The loop does zero, backward, clip and step for each turn before it asks for the next, so that a later turn sees what an
-    earlier one has learnt. Of several micro-batches the first turns are accumulated and stepped before the second turn of
-    any is asked for. The losses of a turn must reach every trainable parameter of its module, whatever the batch: that lets
-    processes train together without a search for unused parameters at every step.
-    """
-
-    modules: dict[str, nn.Module]
-    """By the turn's name, in the order of the turns. The loop puts wrapped ones in their place: a turn calls
-    `self.modules[name](function)` with what is to be run."""
-    optimizers: dict[str, torch.optim.Optimizer]
-    """By the turn's name; their groups come from `optim.parameter_groups`."""
-
-    @abstractmethod
-    def turns(self, batch: Batch) -> Turns:
-        """The weighted losses of each turn, lazily; their plain sum is trained on."""
-
-
 class Ordinary(Phase):
     """One turn: the segmenter's own losses train all of it."""
 
     def __init__(self, segmenter: Segmenter, settings: Training) -> None:
+        if segmenter.criterion is None:
+            raise UserError("'criterion' is missing; only a `phase` with losses of its own goes without")
         groups = parameter_groups(dict(segmenter.named_parameters()), settings.optimizer, settings.groups)
         self.segmenter = segmenter
         self.modules = {"all": Trained(segmenter)}
@@ -124,4 +104,4 @@ def take_turns(fabric: Fabric, phase: Phase, loaded: Sequence[Load], task: str, 
 
 
 def _turns(phase: Phase, one: Load, device: torch.device, task: str) -> Turns:
-    yield from phase.turns(collate(one.unpack(device), task))
+    yield from phase.turns(phase.collate(one.unpack(device), task))

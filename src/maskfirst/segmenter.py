@@ -82,8 +82,14 @@ class Segmenter(nn.Module):
     """Any proposer with any namer. `predict` is what the command line, the evaluation and everything else call."""
 
     def __init__(
-        self, proposer: Proposer, namer: Namer, criterion: Criterion, vocabulary: Vocabulary, inference: Inference
+        self,
+        proposer: Proposer,
+        namer: Namer,
+        criterion: Criterion | None,
+        vocabulary: Vocabulary,
+        inference: Inference,
     ) -> None:
+        """`criterion`: None where a phase with losses of its own trains it."""
         super().__init__()
         self.proposer = proposer
         self.namer = namer
@@ -109,8 +115,8 @@ class Segmenter(nn.Module):
 
     def losses(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name, those of earlier guesses with `_0`, `_1`, ...; their plain sum is trained on."""
-        if batch.truth is None:
-            raise ValueError("losses need a batch with truth")
+        if batch.truth is None or self.criterion is None:
+            raise ValueError("losses need a batch with truth, and a criterion")
         truth = [
             tasks.targets(segments, self.vocabulary, task)
             for segments, task in zip(batch.truth, batch.tasks, strict=True)
@@ -130,20 +136,25 @@ class Segmenter(nn.Module):
         *,
         augment: bool = False,
         truth: Segments | None = None,
+        key: str = "",
     ) -> Segments:
         """The segments of one RGB picture, on the CPU. `augment`: test-time augmentation. `truth`: for oracles only.
+
+        `key`: the picture's name, by which proposers that look its masks up find them.
 
         Tasks other than semantic are always answered from the whole picture at once. Raises UserError where the model cannot
         do the task, or where its network makes NaN.
         """
         tasks.check_task(task, self.proposer.tasks, self.vocabulary)
         if task == "semantic":
-            return tasks.semantic(self.scores(image, augment=augment, truth=truth), self.inference.strip).to("cpu")
+            return tasks.semantic(self.scores(image, augment=augment, truth=truth, key=key), self.inference.strip).to(
+                "cpu"
+            )
         if augment:
             raise UserError(f"test-time augmentation is for the semantic task only; leave it out for {task}")
         settings = self.inference
         frame = settings.views((image.shape[-2], image.shape[-1]), self.proposer.multiple, augment=False)[0]
-        proposals, names = self._seen(frame.resized(image.to(self.device)), [frame], task, truth)
+        proposals, names = self._seen(frame.resized(image.to(self.device)), [frame], task, truth, key)
         given = (proposals, names, 0, self.vocabulary, frame, settings.thresholds, settings.strip)
         return (tasks.panoptic(*given).segments if task == "panoptic" else tasks.instance(*given)).to("cpu")
 
@@ -154,21 +165,27 @@ class Segmenter(nn.Module):
         *,
         augment: bool = False,
         truth: Segments | None = None,
+        key: str = "",
     ) -> rows.Rows:
         """The semantic scores (K, H, W) of one RGB picture 0..255, to be fetched by rows; the network has run."""
         original = (image.shape[-2], image.shape[-1])
         settings = self.inference
         views = [
-            self.view_scores(image, view, truth) for view in settings.views(original, self.proposer.multiple, augment)
+            self.view_scores(image, view, truth, key)
+            for view in settings.views(original, self.proposer.multiple, augment)
         ]
         return rows.mean([rows.softmax(view) if augment and settings.average == "softmax" else view for view in views])
 
     @torch.inference_mode()
     def view_scores(
-        self, image: Float[Tensor, "3 H W"] | UInt8[Tensor, "3 H W"], view: Frame, truth: Segments | None = None
+        self,
+        image: Float[Tensor, "3 H W"] | UInt8[Tensor, "3 H W"],
+        view: Frame,
+        truth: Segments | None = None,
+        key: str = "",
     ) -> rows.Rows:
         """The semantic scores of one RGB picture seen in one way, brought back to the size `view.original`."""
-        seen = self._windows(image, view, truth)
+        seen = self._windows(image, view, truth, key)
         if self.inference.order == "masks_home":
             ((frame, proposals, names, index),) = seen
             return tasks.read_home(proposals, names, index, frame)
@@ -181,7 +198,7 @@ class Segmenter(nn.Module):
         return rows.flip(scores) if view.flipped else scores
 
     def _windows(
-        self, image: Tensor, view: Frame, truth: Segments | None
+        self, image: Tensor, view: Frame, truth: Segments | None, key: str
     ) -> Iterator[tuple[Frame, Proposals, Names, int]]:
         """Runs the network over the windows of one view, `batch` at a time, and yields each with its place in the pass."""
         picture = view.resized(image.to(self.device))
@@ -189,19 +206,19 @@ class Segmenter(nn.Module):
         count = self.inference.batch or (1 if self.device.type == "cpu" else 4)
         for start in range(0, len(frames), count):
             some = frames[start : start + count]
-            proposals, names = self._seen(picture, some, "semantic", truth)
+            proposals, names = self._seen(picture, some, "semantic", truth, key)
             for index, frame in enumerate(some):
                 yield frame, proposals, names, index
 
     def _seen(
-        self, picture: Float[Tensor, "3 H W"], frames: Sequence[Frame], task: str, truth: Segments | None
+        self, picture: Float[Tensor, "3 H W"], frames: Sequence[Frame], task: str, truth: Segments | None, key: str
     ) -> tuple[Proposals, Names]:
         """What the network makes of some canvases of a resized picture. Raises UserError where that is NaN."""
         fill = self.proposer.mean if self.inference.fill == "mean" else (0.0, 0.0, 0.0)
         pixels = torch.stack([frame.cut(picture, fill) for frame in frames])
         wanted = None if truth is None else tasks.targets(truth, self.vocabulary, task)
         cut = None if wanted is None else tuple(_cut_truth(wanted, frame, self.device) for frame in frames)
-        batch = Batch(pixels, (task,) * len(frames), tuple(frames), ("",) * len(frames), cut)
+        batch = Batch(pixels, (task,) * len(frames), tuple(frames), (key,) * len(frames), cut)
         proposals, names = self(batch)
         if finite.has_nan((proposals.masks, names.logits)):
             raise UserError(finite.blame(self, batch))

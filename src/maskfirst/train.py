@@ -14,16 +14,15 @@ from maskfirst import ranks, weights
 from maskfirst.build import Experiment
 from maskfirst.callback import Callback
 from maskfirst.checkpoint import HEADLINE, RunFolder, State, collect, restore, trend
+from maskfirst.contracts import Phase
 from maskfirst.evaluate import evaluate
 from maskfirst.loggers import Factory, Journal, JsonLines, TensorBoard
 from maskfirst.memory import explained, settle_micro
 from maskfirst.optim import Average
-from maskfirst.phase import NonFiniteError, Ordinary, Phase, rehearse, take_turns
+from maskfirst.phase import NonFiniteError, rehearse, take_turns
 from maskfirst.segmenter import Segmenter
 from maskfirst.stream import Stream, chain, load, own_randomness, positions, seed_everything
 from maskfirst.sync_norm import synchronise
-from maskfirst.training import Training
-from maskfirst.types import collate
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,14 @@ def train(
     start_from: str | None = None,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Factory] = (TensorBoard,),
-    make_phase: Callable[[Segmenter, Training], Phase] = Ordinary,
+    make_phase: Callable[[Segmenter], Phase] | None = None,
     progress: bool = True,
 ) -> Result:
     """Trains what a recipe describes, and leaves weights, scores, logs and pictures in the run folder `out`.
 
-    `start_from`: weights of which all that fits is loaded. SIGTERM and SIGINT end it after the step at hand, saved, by
-    SystemExit 143 or 130. Raises UserError where the folder, the recipe, the data or the disk stand against it.
+    `start_from`: weights of which all that fits is loaded. `make_phase`: in place of the recipe's phase. SIGTERM and SIGINT
+    end it after the step at hand, saved, by SystemExit 143 or 130. Raises UserError where the folder, the recipe, the data or
+    the disk stand against it.
     """
     settings, tree, task, folder = experiment.training(), experiment.recipe.tree, experiment.task, RunFolder(out)
     with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ def train(
         segmenter = segmenter.to(fabric.device).train()
         if world > 1:
             synchronise(segmenter, fabric.device)
-        phase = make_phase(segmenter, settings)
+        phase = (make_phase or experiment.phase)(segmenter)
         average = None if settings.average is None else Average(segmenter, settings.average)
         training, validation = experiment.dataset("train"), experiment.dataset("val")
         weights.require_same_vocabulary(
@@ -91,7 +91,7 @@ def train(
         # How many pictures at once, and which parameters no loss reaches: tried out before anything is kept.
         def try_out(pictures: int) -> list[str]:
             with fabric.autocast():
-                return rehearse(phase, segmenter, collate(stream.first(pictures).unpack(fabric.device), task))
+                return rehearse(phase, segmenter, phase.collate(stream.first(pictures).unpack(fabric.device), task))
 
         with explained(1):
             fitting = settle_micro(settings, state.micro, share, try_out, segmenter, world // nodes)

@@ -227,7 +227,8 @@ class Proposals:
 class Batch:
     """What a network is given. `pixels`: RGB 0..255, not normalised; `tasks`, `frames`, `keys`: one a picture.
 
-    `truth` lies on the canvas (H, W). `points`: (y, x) px on the canvas, for namers that ask for points.
+    `truth` lies on the canvas (H, W). `points`: (y, x) px on the canvas, the centre of its first pixel being (0, 0), where
+    pixels and not masks are to be named; `point_classes`: what they are, in training.
     """
 
     pixels: Float[Tensor, "B 3 H W"]
@@ -236,6 +237,7 @@ class Batch:
     keys: tuple[str, ...]
     truth: tuple[Segments, ...] | None = None
     points: Float[Tensor, "B P 2"] | None = None
+    point_classes: Int64[Tensor, "B P"] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -248,6 +250,7 @@ class Batch:
             self.keys,
             None if self.truth is None else tuple(segments.to(device) for segments in self.truth),
             None if self.points is None else self.points.to(device),
+            None if self.point_classes is None else self.point_classes.to(device),
         )
 
 
