@@ -21,7 +21,7 @@ import maskfirst.data
 import maskfirst.proposers
 import test_contracts
 from maskfirst import cli, recipe
-from maskfirst.build import KEYS, MENUS
+from maskfirst.build import KEYS, MENUS, Experiment
 from maskfirst.contracts import Dataset, Namer, Proposer
 from maskfirst.frames import Fit
 from maskfirst.optim import Group, Optimizer, Schedule
@@ -264,6 +264,24 @@ def test_readme_lists_what_was_published() -> None:
         assert scores == f"{published['scores']['mIoU']}, {published['scores']['mIoU_tta']}"
         assert parameters == f"{published['parameters'] / 1e6:.1f} M"
         assert float(gflops) == published["gflops"]
+
+
+def test_vit_adapter(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_page("docs/vit-adapter.md", monkeypatch) == 1
+
+
+def test_the_page_of_vit_adapter_lists_what_was_published() -> None:
+    page = (ROOT / "docs" / "vit-adapter.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(adapter-[\w-]+)` \| (.*) \|$", page, re.M))
+    recipes = {name: recipe.load(name) for name in recipe.names() if name.startswith("adapter-")}
+    assert set(rows) == {name for name, each in recipes.items() if "published" in each.tree}
+    for name, row in rows.items():
+        published = recipes[name].tree["published"]
+        data, scores, parameters = row.split(" | ")
+        assert re.sub(" (val|test)", "", published["dataset"]) == data
+        assert scores == ", ".join(map(str, published["scores"].values()))
+        model = Experiment(recipes[name]).segmenter(meta=True)
+        assert parameters == f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f} M"
 
 
 @pytest.mark.parametrize("page", PAGES)
