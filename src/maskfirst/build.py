@@ -54,7 +54,7 @@ MENUS: dict[type, dict[str, str]] = {
         "fixed": "maskfirst.criteria.fixed:Fixed",
         "pixel": "maskfirst.criteria.pixel:Pixel",
     },
-    Phase: {"ordinary": "maskfirst.phase:Ordinary"},
+    Phase: {"ordinary": "maskfirst.phase:Ordinary", "points": "maskfirst.phases.points:PointPhase"},
     Dataset: {
         "folder": "maskfirst.data.folder:Folder",
         "yolo": "maskfirst.data.yolo:Yolo",

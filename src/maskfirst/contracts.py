@@ -111,6 +111,17 @@ class Namer(nn.Module, ABC):
         """One row of logits a proposal."""
 
 
+class PointNamer(Namer, ABC):
+    """Names masks by points: what it learns to do is to name single pixels."""
+
+    size: Size
+    """(height, width) px of the pictures that it is given."""
+
+    @abstractmethod
+    def classify(self, pixels: Float[Tensor, "B 3 h w"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:
+        """Logits of each point of RGB pictures 0..255 of `size`; `points`: (y, x) in [-1, 1), 2 * pixel / side - 1."""
+
+
 class Criterion(nn.Module, ABC):
     """How truth meets proposals."""
 
