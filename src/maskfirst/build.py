@@ -81,6 +81,9 @@ MENUS: dict[type, dict[str, str]] = {
         "flip": "maskfirst.data.augment:RandomFlip",
         "photometric": "maskfirst.data.augment:Photometric",
         "pad": "maskfirst.data.augment:Pad",
+        "resized_crop": "maskfirst.data.augment:ResizedCrop",
+        "rotate": "maskfirst.data.augment:Rotate",
+        "resize": "maskfirst.data.augment:Resize",
     },
 }
 """Contract -> `kind` in a recipe -> the class, imported when it is chosen. Adding a part is adding its line here."""
