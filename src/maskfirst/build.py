@@ -64,6 +64,7 @@ MENUS: dict[type, dict[str, str]] = {
         "cityscapes": "maskfirst.data.cityscapes:Cityscapes",
         "cityscapes_instance": "maskfirst.data.cityscapes:CityscapesInstance",
         "cityscapes_panoptic": "maskfirst.data.cityscapes:CityscapesPanoptic",
+        "coco_boxes": "maskfirst.data.coco:COCOBoxes",
         "coco_instance": "maskfirst.data.coco:COCOInstance",
         "coco_panoptic": "maskfirst.data.coco:COCOPanoptic",
         "coco_stuff_10k": "maskfirst.data.coco_stuff:COCOStuff10K",
