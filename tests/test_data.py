@@ -286,6 +286,7 @@ def test_numbers_beyond_sixteen_bits_are_an_error(tmp_path: Path) -> None:
         ("chase_db1", 2, 0, {0: "background", 1: "vessel"}),
         ("camvid", 11, 3, {0: "Sky", 3: "Road", 10: "Bicyclist"}),
         ("shapes", 7, 4, {0: "sky", 6: "star"}),
+        ("objects365", 365, 365, {0: "Person", 46: "Bicycle", 364: "Table Tennis"}),
     ],
 )
 def test_bundled_vocabularies(name: str, count: int, things: int, some: dict[int, str]) -> None:
@@ -312,6 +313,7 @@ def test_all_bundled_vocabularies_are_tested() -> None:
         "chase_db1",
         "potsdam",
         "shapes",
+        "objects365",
     }
 
 

@@ -62,6 +62,7 @@ MENUS: dict[type, dict[str, str]] = {
         "ade20k_instance": "maskfirst.data.ade20k:ADE20KInstance",
         "ade20k_panoptic": "maskfirst.data.ade20k:ADE20KPanoptic",
         "cityscapes": "maskfirst.data.cityscapes:Cityscapes",
+        "cityscapes_coarse": "maskfirst.data.cityscapes:CityscapesCoarse",
         "cityscapes_instance": "maskfirst.data.cityscapes:CityscapesInstance",
         "cityscapes_panoptic": "maskfirst.data.cityscapes:CityscapesPanoptic",
         "coco_boxes": "maskfirst.data.coco:COCOBoxes",
@@ -73,7 +74,10 @@ MENUS: dict[type, dict[str, str]] = {
         "mapillary_cityscapes": "maskfirst.data.mapillary:MapillaryAsCityscapes",
         "mapillary_instance": "maskfirst.data.mapillary:MapillaryInstance",
         "mapillary_panoptic": "maskfirst.data.mapillary:MapillaryPanoptic",
+        "mixed": "maskfirst.data.mixed:Mixed",
+        "objects365": "maskfirst.data.objects365:Objects365",
         "pascal_context": "maskfirst.data.pascal_context:PascalContext",
+        "points_csv": "maskfirst.data.points_csv:PointsCSV",
         "shapes": "maskfirst.data.shapes:Shapes",
     },
     Augmentation: {

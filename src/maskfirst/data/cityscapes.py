@@ -4,6 +4,7 @@ Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,9 @@ _PARTS = {
     "coarse": {"train": "train", "val": "val", "train_extra": "train_extra"},
 }
 
+_BROKEN = frozenset({"troisdorf/troisdorf_000000_000073"})
+"""Of `train_extra`: a black frame without any truth."""
+
 
 class Cityscapes(Paired):
     """The semantic task: `leftImg8bit/{split}/{city}` and label ids from `gtFine` or `gtCoarse`; 2,975 and 500 fine ones."""
@@ -34,6 +38,18 @@ class Cityscapes(Paired):
         words = load("cityscapes")
         ids = {label: _classes(words).get(label) for label in _LABELS}
         super().__init__(_listing(Path(root), split, truth, "labelIds", limit), Coding(words, ids=ids))
+
+
+class CityscapesCoarse(Paired):
+    """The semantic task, from the coarse polygons of `train_extra`, which leave the borders of things without a class."""
+
+    def __init__(self, root: str = "data/cityscapes", limit: int | None = None) -> None:
+        """Of 19,998 pictures those are passed over that are known to be broken. See Cityscapes."""
+        words = load("cityscapes")
+        ids = {label: _classes(words).get(label) for label in _LABELS}
+        listing = _listing(Path(root), "train_extra", "coarse", "labelIds", None)
+        pairs = [pair for pair in listing.pairs if pair.key not in _BROKEN]
+        super().__init__(replace(listing, pairs=tuple(pairs)[:limit]), Coding(words, ids=ids))
 
 
 class CityscapesPanoptic(Paired):

@@ -10,9 +10,9 @@ from maskfirst.data.annotated import Annotated, Layers, Picture, check_size
 from maskfirst.data.coding import DataError
 from maskfirst.data.folder import folder
 from maskfirst.data.vocabulary import from_names, load
-from maskfirst.formats import FormatError
+from maskfirst.formats import FormatError, coco_boxes
+from maskfirst.formats.boxes import BoxTable
 from maskfirst.formats.coco import Image, Key
-from maskfirst.formats.coco_boxes import CocoBoxes
 from maskfirst.formats.coco_instances import CocoInstances
 from maskfirst.formats.coco_panoptic import CocoPanoptic
 from maskfirst.frames import Size
@@ -31,7 +31,7 @@ class InstanceFile(Annotated):
         """
         self.file = CocoInstances(annotations, vocabulary)
         self.warnings = self.file.warnings
-        self._keys, pictures = _pictures(annotations, self.file.images, images, limit)
+        self._keys, pictures = _pictures(annotations, _names(self.file.images), images, limit)
         super().__init__(_familiar(self.file.vocabulary), pictures, annotations)
 
     def segments(self, index: int, size: Size) -> Layers:
@@ -54,7 +54,7 @@ class PanopticFile(Annotated):
         """`maps`: the folder of the PNGs, by default what the file is called without its ending. Else as InstanceFile."""
         self.file = CocoPanoptic(annotations, maps, vocabulary)
         self.warnings = self.file.warnings
-        self._keys, pictures = _pictures(annotations, self.file.images, images, limit)
+        self._keys, pictures = _pictures(annotations, _names(self.file.images), images, limit)
         super().__init__(_familiar(self.file.vocabulary), pictures, annotations)
 
     def segments(self, index: int, size: Size) -> Layers:
@@ -64,19 +64,19 @@ class PanopticFile(Annotated):
 
 
 class BoxFile(Annotated):
-    """The pictures of a COCO file with their boxes, filled, in place of masks. Abstract but for the places."""
+    """The pictures of a file of boxes, which are filled, in place of masks. Abstract but for the places."""
 
-    def __init__(self, file: CocoBoxes, images: Path, limit: int | None = None) -> None:
+    def __init__(self, file: BoxTable, images: Path, limit: int | None = None) -> None:
         """See InstanceFile."""
         self.file = file
         self.warnings = file.warnings
-        self._keys, pictures = _pictures(file.path, file.images, images, limit)
+        self._keys, pictures = _pictures(file.path, file.names, images, limit)
         super().__init__(_familiar(file.vocabulary), pictures, file.path)
 
     def segments(self, index: int, size: Size) -> Layers:
-        picture = self.file.images[self._keys[index]]
-        check_size(self.pictures[index].path, size, (picture.height, picture.width), self.file.path)
-        return Layers.of_boxes(self.file.read(self._keys[index]), size)
+        key = self._keys[index]
+        check_size(self.pictures[index].path, size, self.file.sizes.get(key, size), self.file.path)
+        return Layers.of_boxes(self.file.read(key, size), size)
 
 
 class COCOInstance(InstanceFile):
@@ -138,8 +138,8 @@ class COCOBoxes(BoxFile):
         """See COCOInstance."""
         place = Path(root)
         inside = folder(place, images.replace("{split}", split))
-        file = CocoBoxes(place / annotations.replace("{split}", split), words_of(place, vocabulary))
-        super().__init__(file, inside, limit)
+        words = words_of(place, vocabulary)
+        super().__init__(coco_boxes.read(place / annotations.replace("{split}", split), words), inside, limit)
 
 
 def words_of(root: Path, vocabulary: str | list[str] | None) -> Vocabulary | None:
@@ -155,8 +155,12 @@ def _familiar(words: Vocabulary) -> Vocabulary:
     return words
 
 
+def _names(listed: Mapping[Key, Image]) -> dict[Key, str]:
+    return {key: image.file_name for key, image in listed.items()}
+
+
 def _pictures(
-    annotations: Path, listed: Mapping[Key, Image], images: Path, limit: int | None
+    annotations: Path, listed: Mapping[Key, str], images: Path, limit: int | None
 ) -> tuple[list[Key], list[Picture]]:
     """The first `limit` pictures of a file: what the file calls them, and their places in a folder."""
     if not listed:
@@ -164,7 +168,7 @@ def _pictures(
     keys = list(listed)[:limit]
     pictures: dict[str, Picture] = {}
     for key in keys:
-        name = PurePosixPath(listed[key].file_name)
+        name = PurePosixPath(listed[key])
         if name.is_absolute() or ".." in name.parts:
             raise FormatError(f"{annotations}: file_name '{name}' leads out of the folder of pictures")
         stem = name.with_suffix("").as_posix()

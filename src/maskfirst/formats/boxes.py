@@ -4,8 +4,9 @@ import contextlib
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from maskfirst.formats import FormatError
 from maskfirst.formats.coco import Key
 from maskfirst.frames import Size
+from maskfirst.types import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +51,16 @@ def compact(found: dict[str, Any]) -> Any:
 
 
 class BoxTable:
-    """The boxes of many pictures, as numbers in a row, since a data set may have tens of millions.
+    """The boxes of a file's pictures, as numbers in a row, since a data set may have tens of millions.
 
-    `warnings` counts, as pictures are read, what is odd but can mean one thing only.
+    `names`: where each picture lies; `sizes`: (height, width) px of those whose size the file tells. `warnings` counts, as
+    pictures are read, what is odd but can mean one thing only.
     """
 
-    def __init__(self, pictures: Iterable[Key]) -> None:
+    def __init__(self, path: Path | str, vocabulary: Vocabulary, names: Mapping[Key, str], sizes: Mapping[Key, Size]) -> None:
+        self.path, self.vocabulary, self.names, self.sizes = Path(path), vocabulary, names, sizes
         self.warnings: Counter[str] = Counter()
-        self._places = {key: array("q") for key in pictures}
+        self._places = {key: array("q") for key in names}
         self._boxes, self._classes, self._crowd = array("d"), array("i"), bytearray()
 
     def add(self, picture: Key, row: Row, index: int, place: str) -> None:
@@ -75,7 +79,7 @@ class BoxTable:
     def read(self, picture: Key, size: Size) -> Boxes:
         """The boxes of a picture of `size` (height, width) px, rounded to whole px and cut off at its borders.
 
-        Those that have no pixel then are left out, and counted.
+        Those that have no pixel then are left out, and counted. Raises KeyError.
         """
         places = self._places[picture]
         told = np.array([self._boxes[4 * place : 4 * place + 4] for place in places], np.float64).reshape(-1, 4)

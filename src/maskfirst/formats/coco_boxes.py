@@ -7,33 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from maskfirst.formats import FormatError
-from maskfirst.formats.boxes import Boxes, BoxTable, Row, compact
-from maskfirst.formats.coco import Key, categories, class_of, images, load, rows
+from maskfirst.formats.boxes import BoxTable, Row, compact
+from maskfirst.formats.coco import categories, class_of, images, load, rows
 from maskfirst.types import Vocabulary
 
 
-class CocoBoxes:
-    """A file read once. `vocabulary`: the names, by default the file's own. `images`: its pictures, with and without boxes."""
+def read(path: Path | str, vocabulary: Vocabulary | None = None) -> BoxTable:
+    """The boxes of a file; `vocabulary`: by default the file's own, see `coco.categories`. Raises FormatError."""
+    return from_content(load(path, compact), path, vocabulary)
 
-    def __init__(self, path: Path | str, vocabulary: Vocabulary | None = None, content: Any = None) -> None:
-        """With `vocabulary`, classes are its indices, found as `coco.categories` says. `content`: what `compact` left of
-        the file, where it has been read already. Raises FormatError.
-        """
-        content = load(path, compact) if content is None else content
-        self.path = Path(path)
-        self.vocabulary, index = categories(content, path, vocabulary)
-        self.images = images(content, path)
-        self._boxes = BoxTable(self.images)
-        self.warnings = self._boxes.warnings
-        for position, row in enumerate(rows(content, "annotations", path)):
-            where = f"{path}: annotations[{position}]"
-            if not isinstance(row, Row):
-                raise FormatError(f"{where}: should be an object with `image_id`, `category_id` and `bbox`")
-            if type(row.picture) not in (int, str) or row.picture not in self.images:
-                raise FormatError(f"{where}: image_id {row.picture!r} is none of the {len(self.images)} pictures")
-            self._boxes.add(row.picture, row, class_of(row.category, index, where), where)
 
-    def read(self, key: Key) -> Boxes:
-        """The boxes of a picture. Raises KeyError."""
-        picture = self.images[key]
-        return self._boxes.read(key, (picture.height, picture.width))
+def from_content(content: Any, path: Path | str, vocabulary: Vocabulary | None = None) -> BoxTable:
+    """As `read`, of what `compact` has left of the file."""
+    words, index = categories(content, path, vocabulary)
+    listed = images(content, path)
+    names = {key: image.file_name for key, image in listed.items()}
+    table = BoxTable(path, words, names, {key: (image.height, image.width) for key, image in listed.items()})
+    for position, row in enumerate(rows(content, "annotations", path)):
+        where = f"{path}: annotations[{position}]"
+        if not isinstance(row, Row):
+            raise FormatError(f"{where}: should be an object with `image_id`, `category_id` and `bbox`")
+        if type(row.picture) not in (int, str) or row.picture not in names:
+            raise FormatError(f"{where}: image_id {row.picture!r} is none of the {len(names)} pictures")
+        table.add(row.picture, row, class_of(row.category, index, where), where)
+    return table
