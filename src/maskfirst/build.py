@@ -45,9 +45,11 @@ MENUS: dict[type, dict[str, str]] = {
         "upernet": "maskfirst.proposers.upernet:UperNet",
     },
     Namer: {
+        "blend": "maskfirst.namers.blend:Blend",
         "class_head": "maskfirst.namers.class_head:ClassHead",
         "given": "maskfirst.namers.given:Given",
         "oracle": "maskfirst.namers.oracle:OracleNamer",
+        "vit_p": "maskfirst.namers.vit_p:ViTP",
     },
     Criterion: {
         "set": "maskfirst.criteria.matched:Matched",

@@ -111,6 +111,17 @@ class Namer(nn.Module, ABC):
         """One row of logits a proposal."""
 
 
+class PointNamer(Namer, ABC):
+    """Names pixels of a picture, and so any mask by a pixel of it."""
+
+    size: Size
+    """(height, width) px that a picture is stretched to before it is looked at."""
+
+    @abstractmethod
+    def classify(self, pixels: Float[Tensor, "B 3 H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:
+        """Logits over the names. `pixels`: RGB 0..255 of `size`. `points`: (y, x) in -1..1 from border to border."""
+
+
 class Criterion(nn.Module, ABC):
     """How truth meets proposals."""
 
