@@ -27,6 +27,8 @@ TRIOS = (
     ("dense", "oracle", "pixel"),
     ("upernet", "given", "pixel"),
     ("oracle", "given", "pixel"),
+    ("oracle", "vit_p", "pixel"),
+    ("mask2former", "blend", "set"),
 )
 """Proposer, namer, criterion. Every kind of the three menus is in one of them; a new kind needs its line here."""
 LEARNING = [trio for trio in TRIOS if trio[0] != "oracle"]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from maskfirst.contracts import Criterion
 from maskfirst.criteria.counts import mean_count
 from maskfirst.criteria.masks import TINY
+from maskfirst.criteria.objects import require_void
 from maskfirst.criteria.points import Draw, sample, sample_truth, uncertain, uniform
 from maskfirst.errors import UserError
 from maskfirst.types import Names, Proposals, Segments, Vocabulary
@@ -83,6 +84,7 @@ class Matched(Criterion):
             raise UserError(
                 "criterion set needs masks that stand alone (such as proposer atm's); use `pixel` for competing ones"
             )
+        require_void(names, "set")
         with torch.autocast(proposals.masks.device.type, enabled=False):
             masks, logits = proposals.masks.float(), names.logits.float()
             pairs = self.match(masks.detach(), logits.detach(), truth)

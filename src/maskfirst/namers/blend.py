@@ -11,6 +11,8 @@ import torch
 from maskfirst.contracts import Namer
 from maskfirst.types import Batch, Names, Proposals
 
+Normalise = Literal["renormalised", "joint"]
+
 
 class Blend(Namer):
     """The names of `first` to the power of 1 - `weight` times those of `second` to the power of `weight`, given an object.
@@ -35,7 +37,7 @@ class Blend(Namer):
         first: Namer,
         second: Namer,
         weight: float = 0.4,
-        normalise: Literal["renormalised", "joint"] = "renormalised",
+        normalise: Normalise = "renormalised",
     ) -> None:
         super().__init__()
         if not 0 <= weight <= 1:
@@ -43,7 +45,7 @@ class Blend(Namer):
         self.first = first
         self.second = second
         self.weight = weight
-        self.normalise = normalise
+        self.normalise: Normalise = normalise
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         names = self.first(proposals, batch)
@@ -52,7 +54,7 @@ class Blend(Namer):
         return mixed(names, self.second(proposals, batch), self.weight, self.normalise)
 
 
-def mixed(first: Names, second: Names, weight: float, normalise: Literal["renormalised", "joint"]) -> Names:
+def mixed(first: Names, second: Names, weight: float, normalise: Normalise) -> Names:
     """The names of a blend, see `Blend`, with a `weight` above 0."""
     logs = first.logits.log_softmax(-1)
     names = weight * second.logits[..., :-1].log_softmax(-1)

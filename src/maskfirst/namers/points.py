@@ -24,7 +24,7 @@ def centers(masks: Float[Tensor, "Q h w"], inside: Bool[Tensor, "Q h w"]) -> Int
     found = peaks(masks)
     for index, mask in enumerate(inside.cpu().numpy()):
         if mask.any():
-            depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+            depth = np.asarray(distance_transform_edt(np.pad(mask, 1)))[1:-1, 1:-1]
             found[index] = torch.tensor(np.unravel_index(depth.argmax(), mask.shape))
     return found
 
