@@ -74,7 +74,7 @@ class ViTP(PointNamer):
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         seen = [self._seen(pixels, frame) for pixels, frame in zip(batch.pixels, batch.frames, strict=True)]
-        places = [self._places(proposals, index, frame) for index, frame in enumerate(batch.frames)]
+        places = [self.places(proposals, index, frame) for index, frame in enumerate(batch.frames)]
         logits = self.classify(torch.stack(seen), torch.stack(places))
         return Names(F.pad(logits, (0, 1), value=float("-inf")))
 
@@ -94,7 +94,7 @@ class ViTP(PointNamer):
         part = pixels[None, :, :height, :width]
         return F.interpolate(part, self.size, mode="bilinear", align_corners=False, antialias=True)[0]
 
-    def _places(self, proposals: Proposals, index: int, frame: Frame) -> Float[Tensor, "Q 2"]:
+    def places(self, proposals: Proposals, index: int, frame: Frame) -> Float[Tensor, "Q 2"]:
         """(y, x) of every mask's point of picture `index` in what is seen: -1 for its first row or column, 1 past its last."""
         if self.read_at == "picture":
             found, size = self._at_picture(proposals, index, frame), frame.original
