@@ -114,8 +114,6 @@ def test_parameters_are_the_original_s(name: str) -> None:
     told = next(value for key, value in counts.items() if re.fullmatch(rf"{OF[name]}(_ss)?\.py", key))
     segmenter = Experiment(recipe.load(name)).segmenter(meta=True)
     ours = sum(parameter.numel() for parameter in segmenter.parameters())
-    # The original's plain ViT keeps the place of a class token that it does not have.
-    spare = config(name)["backbone"]["embed_dim"] if "beit" not in name else 0
-    assert ours == told["total"] - spare
+    assert ours == told["total"] - settings.unread(config(name)["backbone"])
     if name in PARAMETERS:
         assert round(ours / 1e6) == PARAMETERS[name]

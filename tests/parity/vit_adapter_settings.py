@@ -34,6 +34,7 @@ RECIPES = {
     "adapter-augreg-t-upernet-ade20k": "ade20k/upernet_augreg_adapter_tiny_512_160k_ade20k",
     "adapter-augreg-b-upernet-ade20k": "ade20k/upernet_augreg_adapter_base_512_160k_ade20k",
     "adapter-augreg-l-upernet-ade20k": "ade20k/upernet_augreg_adapter_large_512_160k_ade20k",
+    "adapter-uni-perceiver-l-upernet-ade20k": "ade20k/upernet_uniperceiver_adapter_large_512_160k_ade20k",
     "adapter-beit-l-upernet-ade20k": "ade20k/upernet_beit_adapter_large_640_160k_ade20k",
     "adapter-beit-l-mask2former-ade20k-640": "ade20k/mask2former_beit_adapter_large_640_160k_ade20k",
     "adapter-beit-l-mask2former-ade20k": "ade20k/mask2former_beit_adapter_large_896_80k_ade20k",
@@ -184,6 +185,14 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
         "schedule": {"power": power, "warmup": rising / steps, "warmup_ratio": start},
         "evaluate_every": config["eval_interval"] / steps,
     }
+
+
+def unread(backbone: Mapping[str, Any]) -> int:
+    """Parameters of a config's backbone that nothing reads, and that are none here.
+
+    A plain ViT keeps the position of a class token that it does not have, a Uni-Perceiver 8 moments of which a picture has one.
+    """
+    return {"ViTAdapter": 1, "UniPerceiverAdapter": 7}.get(backbone["type"], 0) * backbone["embed_dim"]
 
 
 def poly_warmup(folder: Path, path: Path) -> Iterator[Row]:
