@@ -181,34 +181,71 @@ def test_other_networks_are_told() -> None:
     assert error.value.unknown == ("backbone.norm.weight",)
 
 
-ADAPTED = ("spm.stem.0.weight", *(f"interactions.{group}.injector.gamma" for group in range(4)))
+ADAPTED = dict.fromkeys(("spm.stem.0.weight", *(f"interactions.{group}.injector.gamma" for group in range(4))), (1,))
+KERNEL = "patch_embed.proj.weight"
+
+
+def of_beit(rows: int) -> dict[str, tuple[int, ...]]:
+    """What tells a BEiT-L with tables of so many rows."""
+    tables = {"blocks.0.attn.relative_position_bias_table": (rows, 16)}
+    return {"cls_token": (1, 1, 1024), KERNEL: (1024, 3, 16, 16), **tables}
 
 
 @pytest.mark.parametrize(
-    ("trunk", "head", "recipe"),
+    ("trunk", "head", "recipe", "told"),
     [
         (
-            {"patch_embed.proj.weight": (384, 3, 16, 16), "pos_embed": (1, 197, 384), **dict.fromkeys(ADAPTED, (1,))},
+            {KERNEL: (384, 3, 16, 16), "pos_embed": (1, 197, 384), **ADAPTED},
             {"conv_seg.weight": (150, 512, 1, 1)},
             "adapter-deit-s-upernet-ade20k",
+            "a ViT-Adapter of 4 interactions on a ViT 384 wide, of 224 px, with UperNet for 150 classes",
         ),
         (
-            {
-                "visual_embed.patch_embed.proj.weight": (1024, 3, 16, 16),
-                "visual_embed.patch_embed.spatial_pos_embed.weight": (196, 1024),
-                **dict.fromkeys(ADAPTED, (1,)),
-            },
+            {f"visual_embed.{KERNEL}": (1024, 3, 16, 16), **ADAPTED}
+            | {"visual_embed.patch_embed.spatial_pos_embed.weight": (196, 1024)},
             {"conv_seg.weight": (150, 512, 1, 1)},
             "adapter-uni-perceiver-l-upernet-ade20k",
+            "a ViT-Adapter of 4 interactions on a Uni-Perceiver 1024 wide, of 224 px, with UperNet for 150 classes",
+        ),
+        (
+            {**of_beit(3972), "fpn1.0.weight": (1024, 1024, 2, 2)},
+            {"conv_seg.weight": (150, 1024, 1, 1)},
+            "beit-l-upernet-ade20k",
+            "a pyramid on a BEiT 1024 wide, of 512 px, with UperNet for 150 classes",
+        ),
+        (
+            {**of_beit(3972), **ADAPTED},
+            {"cls_embed.weight": (7, 256)},
+            "adapter-beit-l-mask2former-potsdam",
+            "a ViT-Adapter of 4 interactions on a BEiT 1024 wide, of 512 px, with Mask2Former for 6 classes",
+        ),
+        (
+            {**of_beit(228), **ADAPTED},
+            {"cls_embed.weight": (3, 256)},
+            "adapter-beit-l-mask2former-chase-db1",
+            "a ViT-Adapter of 4 interactions on a BEiT 1024 wide, of 128 px, with Mask2Former for 2 classes",
+        ),
+        (
+            {**of_beit(6244), **ADAPTED},
+            {"cls_embed.weight": (151, 1024)},
+            "adapter-beit-l-mask2former-ade20k-640",
+            "a ViT-Adapter of 4 interactions on a BEiT 1024 wide, of 640 px, with Mask2Former for 150 classes",
+        ),
+        (
+            {**of_beit(3484), **ADAPTED},
+            {"cls_embed.weight": (151, 1024)},
+            None,
+            "a ViT-Adapter of 4 interactions on a BEiT 1024 wide, of 480 px, with Mask2Former for 150 classes",
         ),
     ],
-    ids=["deit", "uni-perceiver"],
+    ids=["deit", "uni-perceiver", "baseline", "potsdam", "chase", "640", "none"],
 )
 def test_shapes_ask_for_their_recipe(
-    trunk: dict[str, tuple[int, ...]], head: dict[str, tuple[int, ...]], recipe: str
+    trunk: dict[str, tuple[int, ...]], head: dict[str, tuple[int, ...]], recipe: str | None, told: str
 ) -> None:
     shapes = {f"backbone.{key}": shape for key, shape in trunk.items()}
     shapes |= {f"decode_head.{key}": shape for key, shape in head.items()}
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     assert vit_adapter.recognises(tensors)
-    assert vit_adapter.plan(tensors) == (recipe, ())
+    assert str(vit_adapter.facts(tensors)) == told
+    assert vit_adapter.plan(tensors) == (None if recipe is None else (recipe, ()))
