@@ -83,8 +83,8 @@ def by_the_text(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
     how, decay = settings["paramwise_cfg"], settings["weight_decay"]
 
     def layered(key: str, dims: int) -> list[float]:
-        block = re.match(r"backbone\.blocks\.(\d+)\.", key)
-        slowest = ("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed")
+        block = re.match(r"backbone\.(?:blocks|layers)\.(\d+)\.", key)
+        slowest = ("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed", "backbone.visual_embed")
         slowest += tuple(f"decode_head.{each}" for each in ("cls_embed", "mask_embed", "level_embed", "query_"))
         depth = how["num_layers"]
         layer = int(block[1]) + 1 if block else 0 if key.startswith(slowest) else depth + 1

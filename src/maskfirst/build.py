@@ -24,7 +24,11 @@ from maskfirst.training import Training
 from maskfirst.types import Vocabulary
 
 MENUS: dict[type, dict[str, str]] = {
-    Trunk: {"vit": "maskfirst.backbones.vit:TimmViT", "beit": "maskfirst.backbones.beit:BEiT"},
+    Trunk: {
+        "vit": "maskfirst.backbones.vit:TimmViT",
+        "beit": "maskfirst.backbones.beit:BEiT",
+        "uni_perceiver": "maskfirst.backbones.uni_perceiver:UniPerceiver",
+    },
     Backbone: {
         "taps": "maskfirst.backbones.vit:Taps",
         "shrunk_taps": "maskfirst.backbones.vit:ShrunkTaps",

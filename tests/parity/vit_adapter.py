@@ -167,35 +167,36 @@ def backbone_tree(config: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a config's backbone. Pictures of the fixtures are normalised already, so it does nothing to them."""
     told = Settings(config, "backbone")
     kind = told.need("type")
-    if kind not in ("ViTAdapter", "BEiTAdapter", "BEiTBaseline"):
+    if kind not in ("ViTAdapter", "UniPerceiverAdapter", "BEiTAdapter", "BEiTBaseline"):
         raise NotCoveredError(f"backbone.type: {kind!r}")
     depth, drop_path = told.need("depth"), told.need("drop_path_rate")
-    side = told.take("img_size", 224 if kind == "ViTAdapter" else 512)
+    norm_eps = 1e-5 if kind == "UniPerceiverAdapter" else 1e-6
     trunk: dict[str, Any] = {
-        "kind": "vit",
-        "size": _pair(side),
         "width": told.need("embed_dim"),
         "depth": depth,
         "heads": told.need("num_heads"),
         "patch": told.need("patch_size"),
         "drop_path": drop_path,
-        "norm_eps": 1e-6,
-        "final_norm": False,
+        "norm_eps": norm_eps,
         "mean": [0.0, 0.0, 0.0],
         "std": [1.0, 1.0, 1.0],
     }
     told.only("mlp_ratio", 4)
-    if kind == "ViTAdapter":
-        trunk |= {"size": _pair(told.take("pretrain_size", 224)), "class_token": "absent", "layer_scale": 1.0}
+    if kind in ("ViTAdapter", "UniPerceiverAdapter"):
+        # The size of the pictures that it is given, which changes nothing.
+        told.take("img_size", None)
         told.only("window_attn", [False] * depth)
         told.only("window_size", [None] * depth)
-        gate = 0.0
+        gate = told.take("init_values", 0.0)
+        plain = {"kind": "vit", "final_norm": False, "class_token": "absent", "layer_scale": 1.0}
+        trunk |= plain if kind == "ViTAdapter" else {"kind": "uni_perceiver"}
+        trunk["size"] = _pair(told.take("pretrain_size", 224))
     else:
-        gate = told.need("init_values")
-        trunk |= {"kind": "beit", "layer_scale": gate}
         told.only("qkv_bias", True)
         told.only("use_abs_pos_emb", False)
         told.only("use_rel_pos_bias", True)
+        gate = told.need("init_values")
+        trunk |= {"kind": "beit", "final_norm": False, "layer_scale": gate, "size": _pair(told.take("img_size", 512))}
     if kind == "BEiTBaseline":
         told.only("out_indices", BASELINE_DEPTHS)
         told.done()
@@ -214,6 +215,7 @@ def backbone_tree(config: Mapping[str, Any]) -> dict[str, Any]:
         "add_trunk": told.take("add_vit_feature", True),
         "gate": gate,
         "drop_path": drop_path,
+        "norm_eps": norm_eps,
         "checkpointing": told.take("with_cp", False),
     }
     told.done()

@@ -34,6 +34,8 @@ RECIPES = {
     "adapter-augreg-t-upernet-ade20k": "ade20k/upernet_augreg_adapter_tiny_512_160k_ade20k",
     "adapter-augreg-b-upernet-ade20k": "ade20k/upernet_augreg_adapter_base_512_160k_ade20k",
     "adapter-augreg-l-upernet-ade20k": "ade20k/upernet_augreg_adapter_large_512_160k_ade20k",
+    "adapter-uni-perceiver-l-upernet-ade20k": "ade20k/upernet_uniperceiver_adapter_large_512_160k_ade20k",
+    "beit-l-upernet-ade20k": "ade20k/upernet_beit_large_512_160k_ade20k",
     "adapter-beit-l-upernet-ade20k": "ade20k/upernet_beit_adapter_large_640_160k_ade20k",
     "adapter-beit-l-mask2former-ade20k-640": "ade20k/mask2former_beit_adapter_large_640_160k_ade20k",
     "adapter-beit-l-mask2former-ade20k": "ade20k/mask2former_beit_adapter_large_896_80k_ade20k",
@@ -49,6 +51,8 @@ RECIPES = {
     "adapter-beit-b-mask2former-pascal-context": "pascal_context/mask2former_beit_adapter_base_480_40k_pascal_context_59",
     "adapter-beit-l-upernet-pascal-context": "pascal_context/upernet_beit_adapter_large_480_80k_pascal_context_59",
     "adapter-beit-l-mask2former-pascal-context": "pascal_context/mask2former_beit_adapter_large_480_40k_pascal_context_59",
+    "adapter-beit-l-mask2former-potsdam": "potsdam/mask2former_beit_adapter_large_512_80k_potsdam",
+    "adapter-beit-l-mask2former-chase-db1": "chase_db1/mask2former_beit_adapter_large_128_40k_chase_db1",
 }
 """Recipe -> config; those that end in _ss and _ms are two, and one bundled recipe here."""
 
@@ -138,7 +142,6 @@ def augment(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return section
 
 
-TRUNK = r"proposer\.backbone\.trunk\..*"
 SLOWEST = r"proposer\.(queries|positions|level_embed|mask_embed\..*)|namer\..*"
 """What of a Mask2Former learns as slowly as the embeddings of its trunk."""
 
@@ -149,9 +152,12 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     optimizer.only("type", "AdamW")
     how = Settings(optimizer.take("paramwise_cfg", {}), "paramwise_cfg")
     if optimizer.take("constructor", None) == "LayerDecayOptimizerConstructor":
-        rule: dict[str, Any] = {"match": TRUNK, "layer_decay": how.need("layer_decay_rate")}
+        trunk = r"proposer\.backbone\.trunk\..*"
+        if config["backbone"]["type"] == "BEiTBaseline":
+            trunk = r"proposer\.backbone\.backbone\.trunk\..*"
+        rule: dict[str, Any] = {"match": trunk, "layer_decay": how.need("layer_decay_rate")}
         if config["head"]["type"] == "Mask2FormerHead":
-            rule |= {"match": f"{TRUNK}|{SLOWEST}", "first": SLOWEST}
+            rule |= {"match": f"{trunk}|{SLOWEST}", "first": SLOWEST}
         groups = [{"match": ".*", "dims": 1, "decay": 0.0}, rule]
         how.only("num_layers", config["backbone"].get("depth", 12))
     else:
@@ -184,6 +190,14 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
         "schedule": {"power": power, "warmup": rising / steps, "warmup_ratio": start},
         "evaluate_every": config["eval_interval"] / steps,
     }
+
+
+def unread(backbone: Mapping[str, Any]) -> int:
+    """Parameters of a config's backbone that nothing reads, and that are none here.
+
+    A plain ViT keeps the position of a class token that it does not have, a Uni-Perceiver 8 moments of which a picture has one.
+    """
+    return {"ViTAdapter": 1, "UniPerceiverAdapter": 7}.get(backbone["type"], 0) * backbone["embed_dim"]
 
 
 def poly_warmup(folder: Path, path: Path) -> Iterator[Row]:
