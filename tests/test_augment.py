@@ -1,15 +1,28 @@
 """Augmentation: the segments go where the picture goes, chance comes from torch alone, limits hold."""
 
 import colorsys
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from maskfirst.contracts import Augmentation
-from maskfirst.data.augment import Pad, Photometric, RandomCrop, RandomFlip, RandomScale, recolored
+from maskfirst.data.augment import (
+    Pad,
+    Photometric,
+    RandomCrop,
+    RandomFlip,
+    RandomScale,
+    Resize,
+    ResizedCrop,
+    Rotate,
+    recolored,
+)
 from maskfirst.frames import Fit
 from maskfirst.types import VOID, Sample
 
@@ -61,8 +74,10 @@ def run(chain: list[Augmentation], start: Sample, seed: int) -> Sample:
         lambda: RandomScale(0.5, 2.0, Fit(long=100, short=50)),
         lambda: RandomCrop((40, 50)),
         lambda: RandomFlip(),
+        lambda: ResizedCrop((60, 90)),
+        lambda: Resize((100, 120)),
     ],
-    ids=["scale", "fit", "crop", "flip"],
+    ids=["scale", "fit", "crop", "flip", "resized_crop", "resize"],
 )
 def test_segments_follow_the_picture(build: Callable[[], Augmentation]) -> None:
     start = blocks()
@@ -76,7 +91,7 @@ def test_segments_follow_the_picture(build: Callable[[], Augmentation]) -> None:
         assert changed.key == "a"
 
 
-@pytest.mark.parametrize("step", CHAIN, ids=lambda step: type(step).__name__)
+@pytest.mark.parametrize("step", [*CHAIN, ResizedCrop((40, 50)), Rotate()], ids=lambda step: type(step).__name__)
 def test_chance_is_torchs_and_the_given_sample_stays(step: Augmentation) -> None:
     start = blocks()
     image, ids = start.image.clone(), start.ids.clone()
@@ -212,6 +227,93 @@ def test_crop_keeps_layers_and_owns_its_memory() -> None:
     crop = RandomCrop((40, 50))(start)
     assert crop.ids.shape == (2, 40, 50)
     assert crop.image.untyped_storage().nbytes() == crop.image.numel(), "else a worker sends the whole picture"
+
+
+# --- resized_crop, rotate, resize ---------------------------------------------------------------------------------
+
+
+def test_resized_crops_keep_to_their_areas_and_aspects() -> None:
+    """Seen by the range of the coordinates that are the green and blue of `sample`."""
+    start, step = blocks(200, 200, 40), ResizedCrop((100, 100), area=(0.5, 0.8), aspect=(0.75, 4 / 3))
+    areas, aspects = [], []
+    for seed in range(200):
+        _, green, blue = run([step], start, seed).image.float()
+        tall, wide = (float(each.max() - each.min()) / 255 for each in (green, blue))
+        areas.append(tall * wide)
+        aspects.append(wide / tall)
+    assert 0.45 < min(areas) < 0.55
+    assert 0.72 < max(areas) < 0.83
+    assert 0.72 < min(aspects) < 0.85
+    assert 1.2 < max(aspects) < 1.4
+
+
+def test_a_part_that_never_fits_is_the_whole_picture() -> None:
+    start = blocks(10, 400, 5)
+    assert torch.equal(ResizedCrop((20, 40))(start).image, Resize((20, 40))(start).image)
+
+
+def corner() -> Sample:
+    """A class in one corner alone, which most parts and turns lose."""
+    ids = torch.full((60, 60), VOID)
+    ids[:6, :6] = 0
+    return sample(ids)
+
+
+def test_what_would_lose_every_class_is_not_done() -> None:
+    whole = Resize((40, 40))(corner())
+    crops = [run([ResizedCrop((40, 40), area=(0.5, 0.6))], corner(), seed) for seed in range(50)]
+    assert all((crop.ids != VOID).any() for crop in crops)
+    assert 10 < sum(torch.equal(crop.image, whole.image) for crop in crops) < 50
+    turned = [run([Rotate()], corner(), seed) for seed in range(50)]
+    assert all((turn.ids != VOID).any() for turn in turned)
+    assert 10 < sum(torch.equal(turn.image, corner().image) for turn in turned) < 50
+
+
+def test_a_sample_without_any_class_gets_its_size() -> None:
+    empty = sample(torch.full((30, 30), VOID), [])
+    assert run([ResizedCrop((10, 12)), Rotate(), RandomFlip()], empty, 0).image.shape == (3, 10, 12)
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_a_turn_moves_segments_with_the_picture_and_fills_with_no_class(seed: int) -> None:
+    ids = torch.zeros(80, 80, dtype=torch.int64)
+    ids[:40, :40], ids[40:, 40:] = 1, 2
+    turned = run([Rotate(60.0, FILL)], sample(ids), seed)
+    inside = turned.ids[0] != VOID
+    assert 0.75 < inside.float().mean() < 1
+    named = turned.image[0] == 20 + 10 * turned.ids[0]
+    assert named[inside].float().mean() > 0.9
+    filled = (turned.image == torch.tensor(FILL)[:, None, None]).all(0)
+    # Bilinear, so that the pixels at the border of the fill are mixed.
+    near = torch.nn.functional.max_pool2d(inside.float()[None], 3, 1, 1)[0] > 0
+    assert filled[~near].all()
+    assert not filled[inside].any()
+
+
+def test_turns_go_both_ways_and_no_further_than_told() -> None:
+    """By where the middle of the upper border goes: its x moves by the sine of the angle."""
+    ids = torch.full((101, 101), VOID)
+    ids[10:13, 49:52] = 0
+    angles = []
+    for seed in range(200):
+        rows, columns = (run([Rotate(60.0)], sample(ids), seed).ids[0] == 0).nonzero().float().mean(0).tolist()
+        angles.append(math.degrees(math.atan2(columns - 50, 50 - rows)))
+    assert -61 < min(angles) < -55
+    assert 55 < max(angles) < 61
+
+
+def test_a_stretch_has_no_aliases() -> None:
+    """Stripes of one px become grey, and Pillow's own numbers for a picture that shrinks."""
+    random = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 60, 90), generator=random, dtype=torch.uint8)
+    image[0] = torch.arange(90) % 2 * 200
+    start = replace(blocks(), image=image)
+    small = Resize((15, 20))(start)
+    assert (small.image[0].float() - 100).abs().max() < 20
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((20, 15), Image.Resampling.BILINEAR)
+    difference = small.image.permute(1, 2, 0).int() - torch.from_numpy(np.array(pillow)).int()
+    assert difference.abs().max() <= 1
+    assert Resize((60, 90))(start) is start
 
 
 # --- flip, pad ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ FLOORS = (
     {"optim", "training", "ranks", "loggers", "stream", "memory", "sync_norm"},
     {"segmenter"},
     {"recipe", "build", "weights"},
-    {"train", "phase", "checkpoint", "callback", "evaluate", "score", "predict", "outputs", "cost"},
+    {"train", "phase", "phases", "checkpoint", "callback", "evaluate", "score", "predict", "outputs", "cost"},
     {"convert"},
     {"cli"},
 )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,23 @@ def test_warm_up_and_end() -> None:
     assert schedule.factor(5, 10) == pytest.approx(0.75)
     assert schedule.factor(9, 10) == pytest.approx(0.55)
     assert Schedule().factor(0, 10) == 1.0
+
+
+def test_cosine_falls_from_the_end_of_the_warm_up_on() -> None:
+    """ViT-P's rule: s / w, then (1 + cos(pi (s - w) / (T - w))) / 2, also where the warm-up has no end."""
+    steps, rising = 27_500, 1250
+    schedule = Schedule("cosine", warmup=rising / steps, warmup_ratio=0.0)
+    for step in (0, 1, 625, 1249):
+        assert schedule.factor(step, steps) == pytest.approx(step / rising)
+    for step in (1250, 1251, 14_375, 27_499):
+        assert schedule.factor(step, steps) == pytest.approx((1 + math.cos(math.pi * (step - 1250) / 26_250)) / 2)
+    # The learning rates that the released weights were saved at (specification 4.2).
+    assert 9e-3 * Schedule("cosine").factor(18_750, 19_200) == pytest.approx(1.2e-5, rel=0.05)
+    assert 1e-2 * schedule.factor(27_400, steps) == pytest.approx(3.6e-7, rel=0.05)
+    assert Schedule("cosine", warmup=1.0, warmup_ratio=0.0).factor(9, 10) == pytest.approx(0.9)
+    assert Schedule("cosine", end=0.5).factor(5, 10) == pytest.approx(0.75)
+    with pytest.raises(UserError, match=r"power: 0.9 is of shape poly, and this is cosine; leave it out"):
+        Schedule("cosine", power=0.9)
 
 
 def test_average_follows_and_gives_way() -> None:

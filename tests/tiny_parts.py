@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from maskfirst.build import Experiment
-from maskfirst.contracts import Augmentation, Dataset, Proposer
+from maskfirst.contracts import Augmentation, Dataset, PointNamer, Proposer
 from maskfirst.data.images import ImageError
 from maskfirst.proposers.dense import one_name_each
 from maskfirst.recipe import Recipe
-from maskfirst.types import Batch, Proposals, Sample, Vocabulary
+from maskfirst.types import Batch, Names, Proposals, Sample, Vocabulary
 
 VOCABULARY = Vocabulary(("dark", "light"), frozenset(), ((0, 0, 0), (255, 255, 255)), (0, 1))
 
@@ -44,6 +45,31 @@ class TinyProposer(Proposer):
         if self.training and self.progress >= self.explode:
             masks = masks * float("nan")
         return Proposals(masks, competing=True, names=one_name_each(masks))
+
+
+class TinyPointNamer(PointNamer):
+    """A point is the sum of its place and of what a convolution sees there; a mask is its highest pixel."""
+
+    example: ClassVar[Mapping[str, Any]] = {"kind": "tiny_parts:TinyPointNamer", "size": [8, 8]}
+
+    def __init__(self, vocabulary: Vocabulary, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+        self.trunk = nn.Conv2d(3, 4, 1)
+        self.point_proj = nn.Linear(2, 4, bias=False)
+        self.head = nn.Linear(4, len(vocabulary))
+
+    def classify(self, pixels: Tensor, points: Tensor) -> Tensor:
+        here = points.flip(-1)[:, None] + 1 / torch.tensor(self.size[::-1])
+        seen = F.grid_sample(self.trunk(pixels / 255 - 0.5), here.to(pixels), align_corners=False)
+        return self.head(seen[:, :, 0].mT + self.point_proj(points))
+
+    def forward(self, proposals: Proposals, batch: Batch) -> Names:
+        highest = proposals.masks.flatten(2).argmax(-1)
+        height, width = proposals.masks.shape[-2:]
+        points = torch.stack([highest // width * 2 / height - 1, highest % width * 2 / width - 1], -1)
+        pixels = F.interpolate(batch.pixels, self.size, mode="bilinear", align_corners=False)
+        return Names(F.pad(self.classify(pixels, points), (0, 1), value=-50.0))
 
 
 class Noise(Dataset):

@@ -60,7 +60,7 @@ MENUS: dict[type, dict[str, str]] = {
         "fixed": "maskfirst.criteria.fixed:Fixed",
         "pixel": "maskfirst.criteria.pixel:Pixel",
     },
-    Phase: {"ordinary": "maskfirst.phase:Ordinary"},
+    Phase: {"ordinary": "maskfirst.phase:Ordinary", "points": "maskfirst.phases.points:PointPhase"},
     Dataset: {
         "folder": "maskfirst.data.folder:Folder",
         "yolo": "maskfirst.data.yolo:Yolo",
@@ -70,6 +70,7 @@ MENUS: dict[type, dict[str, str]] = {
         "cityscapes": "maskfirst.data.cityscapes:Cityscapes",
         "cityscapes_instance": "maskfirst.data.cityscapes:CityscapesInstance",
         "cityscapes_panoptic": "maskfirst.data.cityscapes:CityscapesPanoptic",
+        "coco_boxes": "maskfirst.data.coco:COCOBoxes",
         "coco_instance": "maskfirst.data.coco:COCOInstance",
         "coco_panoptic": "maskfirst.data.coco:COCOPanoptic",
         "coco_stuff_10k": "maskfirst.data.coco_stuff:COCOStuff10K",
@@ -87,6 +88,9 @@ MENUS: dict[type, dict[str, str]] = {
         "flip": "maskfirst.data.augment:RandomFlip",
         "photometric": "maskfirst.data.augment:Photometric",
         "pad": "maskfirst.data.augment:Pad",
+        "resized_crop": "maskfirst.data.augment:ResizedCrop",
+        "rotate": "maskfirst.data.augment:Rotate",
+        "resize": "maskfirst.data.augment:Resize",
     },
 }
 """Contract -> `kind` in a recipe -> the class, imported when it is chosen. Adding a part is adding its line here."""

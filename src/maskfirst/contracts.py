@@ -119,7 +119,7 @@ class PointNamer(Namer, ABC):
 
     @abstractmethod
     def classify(self, pixels: Float[Tensor, "B 3 H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:
-        """Logits over the names. `pixels`: RGB 0..255 of `size`. `points`: (y, x) in -1..1 from border to border."""
+        """Logits over the names. `pixels`: RGB 0..255 of `size`. `points`: (y, x) in [-1, 1), 2 * pixel / side - 1."""
 
 
 class Criterion(nn.Module, ABC):

@@ -1,6 +1,7 @@
 """What steps the weights: parameter groups by rules, learning rates by schedule, and their running average."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,12 +77,15 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Polynomial decay after a linear warm-up, per step.
+    """Decay after a linear warm-up, per step.
 
-    `warmup` is a fraction of the training, `warmup_ratio` the factor that it starts from, `end` the factor it all ends at.
+    `shape`: a polynomial of `power` over the whole training, which the warm-up multiplies; or half a cosine from the end of the
+    warm-up on (Loshchilov & Hutter, "SGDR", 2017). `warmup` is a fraction of the training, `warmup_ratio` the factor that it
+    starts from, `end` the factor it all ends at.
     `drops`: fractions at which the rate falls to a tenth besides; with `power` 0 that is all there is.
     """
 
+    shape: Literal["poly", "cosine"] = "poly"
     power: float = 1.0
     warmup: float = 0.0
     warmup_ratio: float = 1e-6
@@ -89,6 +93,8 @@ class Schedule:
     drops: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.shape == "cosine" and self.power != 1:
+            raise UserError(f"power: {self.power} is of shape poly, and this is cosine; leave it out")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"warmup: {self.warmup} must lie in 0..1, as a fraction of the training")
         if any(not 0 < drop < 1 for drop in self.drops):
@@ -96,12 +102,18 @@ class Schedule:
 
     def factor(self, step: int, steps: int) -> float:
         """What multiplies the learning rate at step 0..steps-1."""
-        decayed = (1 - step / steps) ** self.power * (1 - self.end) + self.end
-        decayed *= 0.1 ** sum(step >= round(drop * steps) for drop in self.drops)
         rising = round(self.warmup * steps)
+        decayed = self._left(step, steps, rising) * (1 - self.end) + self.end
+        decayed *= 0.1 ** sum(step >= round(drop * steps) for drop in self.drops)
         if step >= rising:
             return decayed
         return decayed * (1 - (1 - step / rising) * (1 - self.warmup_ratio))
+
+    def _left(self, step: int, steps: int, rising: int) -> float:
+        """What the shape leaves of the rate, 1..0, after a warm-up of `rising` steps."""
+        if self.shape == "poly":
+            return (1 - step / steps) ** self.power
+        return 1.0 if step < rising else (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
         """Sets the learning rates for `step`, and returns the first group's."""

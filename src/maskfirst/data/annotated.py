@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -15,9 +16,13 @@ from maskfirst.contracts import Dataset
 from maskfirst.data.coding import DataError
 from maskfirst.data.images import read_image
 from maskfirst.formats import rle
+from maskfirst.formats.boxes import Boxes
 from maskfirst.formats.instances import Instances
 from maskfirst.frames import Size
 from maskfirst.types import VOID, Sample, Vocabulary
+
+Window = tuple[slice, slice]
+"""Rows and columns of a picture."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +44,41 @@ class Layers:
     @classmethod
     def of(cls, found: Instances) -> "Layers":
         """Each instance in the first layer that has room for it, so that few are needed; one mask is open at a time."""
-        layers: list[Int32[np.ndarray, "H W"]] = []
-        for number, (mask, box) in enumerate(zip(found.rles, rle.boxes(found.rles).int().tolist(), strict=True)):
-            left, top, width, height = box
-            window = (slice(top, top + height), slice(left, left + width))
-            inside = rle.decode([mask])[0].numpy()[window]
-            layer = next((layer for layer in layers if (layer[window][inside] == VOID).all()), None)
-            if layer is None:
-                layer = np.full(found.size, VOID, np.int32)
-                layers.append(layer)
-            layer[window][inside] = number
-        if not layers:
-            # Those that there may be have no pixel.
-            return cls(torch.full((1, *found.size), VOID, dtype=torch.int32), found.classes, found.crowd)
-        return cls(torch.from_numpy(np.stack(layers)), found.classes, found.crowd)
+
+        def opened() -> Iterator[tuple[Window, Bool[np.ndarray, "_h _w"]]]:
+            for mask, box in zip(found.rles, rle.boxes(found.rles).int().tolist(), strict=True):
+                left, top, width, height = box
+                window = (slice(top, top + height), slice(left, left + width))
+                yield window, rle.decode([mask])[0].numpy()[window]
+
+        return cls(_layered(opened(), found.size), found.classes, found.crowd)
+
+    @classmethod
+    def of_boxes(cls, found: Boxes, size: Size) -> "Layers":
+        """Each box, filled, in the first layer that has room for it."""
+        windows = [(slice(top, bottom), slice(left, right)) for left, top, right, bottom in found.corners.tolist()]
+        return cls(_layered(((window, ...) for window in windows), size), found.classes, found.crowd)
 
     @classmethod
     def none(cls, size: Size) -> "Layers":
         """Of a picture without any segment."""
         nothing = torch.zeros(0, dtype=torch.int64)
         return cls(torch.full((1, *size), VOID, dtype=torch.int32), nothing, nothing.bool())
+
+
+def _layered(
+    parts: Iterable[tuple[Window, Bool[np.ndarray, "_h _w"] | EllipsisType]], size: Size
+) -> Int32[Tensor, "L H W"]:
+    """Numbers 0, 1, ... in what the parts have inside of their windows, each in the first layer that is free there."""
+    layers: list[Int32[np.ndarray, "H W"]] = []
+    for number, (window, inside) in enumerate(parts):
+        layer = next((layer for layer in layers if (layer[window][inside] == VOID).all()), None)
+        if layer is None:
+            layer = np.full(size, VOID, np.int32)
+            layers.append(layer)
+        layer[window][inside] = number
+    # Those that there may be have no pixel.
+    return torch.from_numpy(np.stack(layers)) if layers else torch.full((1, *size), VOID, dtype=torch.int32)
 
 
 class Annotated(Dataset):

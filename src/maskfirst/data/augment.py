@@ -1,9 +1,10 @@
 """Random changes of training samples: the picture and its one map of segments move together.
 
-The ordinary SegViT training chain is scale, crop, flip, photometric, pad. All draw from torch's global random state and
-leave the sample they are given as it was.
+The ordinary SegViT training chain is scale, crop, flip, photometric, pad; ViT-P's is resized_crop, rotate, flip. All draw from
+torch's global random state and leave the sample they are given as it was.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskfirst.contracts import Augmentation
-from maskfirst.frames import Fit
+from maskfirst.frames import Fit, Size
 from maskfirst.types import VOID, Sample
 
 
@@ -54,6 +55,82 @@ class RandomCrop(Augmentation):
         y, x = _below(max(height - tall, 0) + 1), _below(max(width - wide, 0) + 1)
         window = (slice(None), slice(y, y + tall), slice(x, x + wide))
         return replace(sample, image=sample.image[window].contiguous(), ids=sample.ids[window].contiguous())
+
+
+class ResizedCrop(Augmentation):
+    """A part of the picture of another area and aspect, stretched to a size, as classifiers are trained on.
+
+    Szegedy et al., "Going Deeper with Convolutions", CVPR 2015; ViT-P draws half of the picture or more.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        area: tuple[float, float] = (0.5, 1.0),
+        aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    ) -> None:
+        """`size`: (height, width) px. `area`: fractions of the picture's. `aspect`: widths by heights, even in their logarithm.
+
+        A part that does not fit is drawn anew, 10 times at most; after these, and where a part leaves nothing that has a class,
+        it is the whole picture.
+        """
+        self.size, self.area, self.aspect = size, area, aspect
+
+    def __call__(self, sample: Sample) -> Sample:
+        cut = stretched(self._part(sample), self.size)
+        return cut if _named(cut) else stretched(sample, self.size)
+
+    def _part(self, sample: Sample) -> Sample:
+        height, width = sample.image.shape[-2:]
+        for _ in range(10):
+            area = height * width * _uniform(*self.area)
+            aspect = math.exp(_uniform(math.log(self.aspect[0]), math.log(self.aspect[1])))
+            tall, wide = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            if 0 < tall <= height and 0 < wide <= width:
+                y, x = _below(height - tall + 1), _below(width - wide + 1)
+                window = (slice(None), slice(y, y + tall), slice(x, x + wide))
+                return replace(sample, image=sample.image[window], ids=sample.ids[window])
+        return sample
+
+
+class Rotate(Augmentation):
+    """Turned about its centre by any angle, its size kept: bilinear for the picture, nearest for the segments."""
+
+    def __init__(self, degrees: float = 60.0, fill: tuple[int, int, int] = (124, 116, 104)) -> None:
+        """`degrees`: at most, either way. `fill`: RGB 0..255 of what is turned into the picture, which has no class; by default
+        ImageNet's mean, rounded. Where nothing that has a class would be left the sample stays as it is.
+        """
+        self.degrees, self.fill = degrees, fill
+
+    def __call__(self, sample: Sample) -> Sample:
+        angle = math.radians(_uniform(-self.degrees, self.degrees))
+        height, width = sample.image.shape[-2:]
+        y = torch.arange(height)[:, None] + 0.5 - height / 2
+        x = torch.arange(width) + 0.5 - width / 2
+        # Where each pixel's centre comes from, px from the picture's corner.
+        rows = math.cos(angle) * y - math.sin(angle) * x + height / 2
+        columns = math.sin(angle) * y + math.cos(angle) * x + width / 2
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        nearest = sample.ids[:, rows.long().clamp(0, height - 1), columns.long().clamp(0, width - 1)]
+        turned = replace(sample, ids=torch.where(inside, nearest, VOID))
+        if not _named(turned):
+            return sample
+        fill = torch.tensor(self.fill, dtype=torch.float)[:, None, None]
+        grid = torch.stack([2 * columns / width - 1, 2 * rows / height - 1], -1)
+        # Outside is 0, and 0 is the colour that fills.
+        image = F.grid_sample((sample.image - fill)[None], grid[None], align_corners=False)[0] + fill
+        return replace(turned, image=image.round_().clamp_(0, 255).to(torch.uint8))
+
+
+class Resize(Augmentation):
+    """All of the picture, stretched to a size whatever its aspect."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        """`size`: (height, width) px."""
+        self.size = size
+
+    def __call__(self, sample: Sample) -> Sample:
+        return stretched(sample, self.size)
 
 
 class RandomFlip(Augmentation):
@@ -117,6 +194,18 @@ class Pad(Augmentation):
         return replace(sample, image=image, ids=ids)
 
 
+def stretched(sample: Sample, size: Size) -> Sample:
+    """The sample at `size` px: bilinear for the picture, without aliases where it shrinks, nearest for the segments."""
+    height, width = sample.image.shape[-2:]
+    if (height, width) == tuple(size):
+        return sample
+    image = F.interpolate(sample.image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True)[
+        0
+    ]
+    ids = sample.ids.index_select(1, _nearest(height, size[0])).index_select(2, _nearest(width, size[1]))
+    return replace(sample, image=image.round_().clamp_(0, 255).to(torch.uint8), ids=ids)
+
+
 def recolored(pixels: Float[Tensor, "3 H W"], saturation: float, turn: float) -> Float[Tensor, "3 H W"]:
     """RGB 0..255 with its HSV saturation multiplied (and cut at 1) and its hue turned by `turn` of the colour circle."""
     red, green, blue = pixels
@@ -146,6 +235,11 @@ def _largest_share(ids: Int32[Tensor, "L H W"], classes: Int64[Tensor, " N"]) ->
 def _nearest(length: int, wanted: int) -> Int64[Tensor, " wanted"]:
     """Of `length` pixels, the one under the centre of each of `wanted`."""
     return ((torch.arange(wanted) + 0.5) * (length / wanted)).long().clamp_(max=length - 1)
+
+
+def _named(sample: Sample) -> bool:
+    """Whether a pixel of it has a class."""
+    return bool((sample.ids != VOID).any())
 
 
 def _uniform(low: float, high: float) -> float:

@@ -12,6 +12,7 @@ from maskfirst.data.folder import folder
 from maskfirst.data.vocabulary import from_names, load
 from maskfirst.formats import FormatError
 from maskfirst.formats.coco import Image, Key
+from maskfirst.formats.coco_boxes import CocoBoxes
 from maskfirst.formats.coco_instances import CocoInstances
 from maskfirst.formats.coco_panoptic import CocoPanoptic
 from maskfirst.frames import Size
@@ -62,6 +63,22 @@ class PanopticFile(Annotated):
         return Layers(found.ids[None], found.classes, found.crowd)
 
 
+class BoxFile(Annotated):
+    """The pictures of a COCO file with their boxes, filled, in place of masks. Abstract but for the places."""
+
+    def __init__(self, file: CocoBoxes, images: Path, limit: int | None = None) -> None:
+        """See InstanceFile."""
+        self.file = file
+        self.warnings = file.warnings
+        self._keys, pictures = _pictures(file.path, file.images, images, limit)
+        super().__init__(_familiar(file.vocabulary), pictures, file.path)
+
+    def segments(self, index: int, size: Size) -> Layers:
+        picture = self.file.images[self._keys[index]]
+        check_size(self.pictures[index].path, size, (picture.height, picture.width), self.file.path)
+        return Layers.of_boxes(self.file.read(self._keys[index]), size)
+
+
 class COCOInstance(InstanceFile):
     """COCO 2017 with its 80 things, crowds marked (118,287 and 5,000 pictures); or any instance file of this format."""
 
@@ -82,7 +99,7 @@ class COCOInstance(InstanceFile):
         """
         place = Path(root)
         inside = folder(place, images.replace("{split}", split))
-        super().__init__(place / annotations.replace("{split}", split), inside, _words(place, vocabulary), limit)
+        super().__init__(place / annotations.replace("{split}", split), inside, words_of(place, vocabulary), limit)
 
 
 class COCOPanoptic(PanopticFile):
@@ -102,11 +119,31 @@ class COCOPanoptic(PanopticFile):
         place = Path(root)
         inside = folder(place, images.replace("{split}", split))
         painted = None if maps is None else folder(place, maps.replace("{split}", split))
-        words = _words(place, vocabulary)
+        words = words_of(place, vocabulary)
         super().__init__(place / annotations.replace("{split}", split), inside, painted, words, limit)
 
 
-def _words(root: Path, vocabulary: str | list[str] | None) -> Vocabulary | None:
+class COCOBoxes(BoxFile):
+    """The boxes of COCO 2017 or of any file of this format, filled, for namers that learn from points."""
+
+    def __init__(
+        self,
+        root: str = "data/coco",
+        split: str = "train",
+        annotations: str = "annotations/instances_{split}2017.json",
+        images: str = "{split}2017",
+        vocabulary: str | list[str] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        """See COCOInstance."""
+        place = Path(root)
+        inside = folder(place, images.replace("{split}", split))
+        file = CocoBoxes(place / annotations.replace("{split}", split), words_of(place, vocabulary))
+        super().__init__(file, inside, limit)
+
+
+def words_of(root: Path, vocabulary: str | list[str] | None) -> Vocabulary | None:
+    """What the key `vocabulary` of a data set says: a bundled name, a file in `root`, names, or nothing."""
     return load(vocabulary, root) if isinstance(vocabulary, str) else from_names(vocabulary) if vocabulary else None
 
 
