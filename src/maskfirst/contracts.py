@@ -105,6 +105,8 @@ class Namer(nn.Module, ABC):
 
     example: ClassVar[Mapping[str, Any]]
     uses_truth: ClassVar[bool] = False
+    knows_void: ClassVar[bool] = True
+    """Whether it can say that a mask is no object."""
 
     @abstractmethod
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
@@ -114,6 +116,7 @@ class Namer(nn.Module, ABC):
 class PointNamer(Namer, ABC):
     """Names pixels of a picture, and so any mask by a pixel of it."""
 
+    knows_void: ClassVar[bool] = False
     size: Size
     """(height, width) px that a picture is stretched to before it is looked at."""
 
@@ -126,6 +129,8 @@ class Criterion(nn.Module, ABC):
     """How truth meets proposals."""
 
     example: ClassVar[Mapping[str, Any]]
+    trains_void: ClassVar[bool] = False
+    """Whether it trains which proposals are no object."""
 
     @abstractmethod
     def forward(self, proposals: Proposals, names: Names, truth: Sequence[Segments]) -> dict[str, Float[Tensor, ""]]:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from maskfirst.contracts import Criterion
 from maskfirst.criteria.counts import mean_count
 from maskfirst.criteria.masks import mask_losses
-from maskfirst.criteria.objects import require_void
 from maskfirst.errors import UserError
 from maskfirst.types import Names, Proposals, Segments, Vocabulary
 
@@ -27,6 +26,7 @@ class Fixed(Criterion):
     """
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "fixed"}
+    trains_void: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -55,7 +55,6 @@ class Fixed(Criterion):
             raise UserError(
                 "criterion fixed needs masks that stand alone (proposer atm); use `pixel` for competing ones"
             )
-        require_void(names, "fixed")
         if any(len(segments.classes.unique()) < len(segments) for segments in truth):
             raise UserError(
                 "criterion fixed knows one mask a class and a picture has several: use criterion `set`, or task semantic"

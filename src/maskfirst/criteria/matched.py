@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from maskfirst.contracts import Criterion
 from maskfirst.criteria.counts import mean_count
 from maskfirst.criteria.masks import TINY
-from maskfirst.criteria.objects import require_void
 from maskfirst.criteria.points import Draw, sample, sample_truth, uncertain, uniform
 from maskfirst.errors import UserError
 from maskfirst.types import Names, Proposals, Segments, Vocabulary
@@ -43,6 +42,7 @@ class Matched(Criterion):
     """
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "set", "points": 64}
+    trains_void: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -84,7 +84,6 @@ class Matched(Criterion):
             raise UserError(
                 "criterion set needs masks that stand alone (such as proposer atm's); use `pixel` for competing ones"
             )
-        require_void(names, "set")
         with torch.autocast(proposals.masks.device.type, enabled=False):
             masks, logits = proposals.masks.float(), names.logits.float()
             pairs = self.match(masks.detach(), logits.detach(), truth)
