@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import answers, mask2former, scores, tables, upernet, vit_adapter, vit_adapter_settings, vit_p
+from . import answers, mask2former, scores, tables, upernet, vit_adapter, vit_adapter_recipes, vit_adapter_settings, vit_p
 from .rows import Row, failed
 from .variant import variant
 
 PROSE = {".md", ".txt"}
-FILES = tables.FILES | vit_adapter_settings.FILES | vit_adapter.FILES
+FILES = tables.FILES | vit_adapter_settings.FILES | vit_adapter.FILES | vit_adapter_recipes.FILES
 """File name -> what compares it."""
 KINDS = {
     "Mask2Former MaskFormerHead (pixel decoder + masked decoder)": mask2former.original_head,

@@ -55,6 +55,24 @@ RECIPES = {
     "adapter-beit-l-mask2former-chase-db1": "chase_db1/mask2former_beit_adapter_large_128_40k_chase_db1",
 }
 """Recipe -> config; those that end in _ss and _ms are two, and one bundled recipe here."""
+VARIANTS = {
+    "ade20k/mask2former_beitv2_adapter_large_896_160k_ade20k": (
+        "adapter-beitv2-l-mask2former-ade20k",
+        ("train.steps=160000", "train.schedule.warmup=0.009375"),
+    ),
+}
+"""Config without a published score -> the recipe of which it is a variant, and what it changes there."""
+
+
+def bundled(config: str) -> tuple[str, tuple[str, ...]]:
+    """The recipe of a config, and its overrides. Raises NotCoveredError where there is none."""
+    name = re.sub("_(ss|ms)$", "", config)
+    if name in VARIANTS:
+        return VARIANTS[name]
+    for recipe, known in RECIPES.items():
+        if known == name:
+            return recipe, ()
+    raise NotCoveredError(f"no recipe for {config}")
 
 
 def inference(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,11 +179,9 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
         groups = [{"match": ".*", "dims": 1, "decay": 0.0}, rule]
         how.only("num_layers", config["backbone"].get("depth", 12))
     else:
-        still = {"decay_mult": 0.0}
-        how.only(
-            "custom_keys",
-            dict.fromkeys(("level_embed", "pos_embed", "norm", "bias"), still) | {"head": {"lr_mult": 10.0}},
-        )
+        told, still = how.need("custom_keys"), {"decay_mult": 0.0}
+        if told != dict.fromkeys(("level_embed", "pos_embed", "norm", "bias"), still) | {"head": {"lr_mult": 10.0}}:
+            raise NotCoveredError(f"paramwise_cfg.custom_keys: {told}")
         groups = [
             {"match": r".*\.bias", "lr": 1.0, "decay": 0.0},
             {"match": r"proposer\.(?!backbone\.).*", "lr": 10.0},
