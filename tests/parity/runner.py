@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import answers, mask2former, scores, tables, upernet, vit_adapter, vit_adapter_recipes, vit_adapter_settings, vit_p
+from . import (
+    answers,
+    mask2former,
+    scores,
+    tables,
+    upernet,
+    vit_adapter,
+    vit_adapter_recipes,
+    vit_adapter_settings,
+    vit_p,
+)
 from .rows import Row, failed
 from .variant import variant
 
