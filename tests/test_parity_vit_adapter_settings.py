@@ -125,7 +125,7 @@ def test_rates_and_decays_are_the_original_s(path: Path) -> None:
 def change(folder: Path, name: str, changed: Callable[[Any], None]) -> Path:
     """A folder with one file of the subset's data, changed."""
     shutil.copytree(SUBSET / "manifests", folder / "manifests")
-    content = json.loads((SUBSET / "data" / name).read_text())
+    content = read_json(next((SUBSET / "data").glob(f"{name}*")))
     changed(content)
     (folder / "data").mkdir()
     (folder / "data" / name).write_text(json.dumps(content))

@@ -349,7 +349,7 @@ def _classes(code: Code, numbers: Iterable[int]) -> list[int]:
 
 
 FILES = {
-    r"test_resize_and_windows.*\.json": test_geometry,
+    r"test_resize_and_windows.*\.json(\.gz)?": test_geometry,
     r"classes_palettes.*\.json": palettes,
     r"label_luts.*\.json": label_tables,
     r"coco_stuff_raw_to_train_id.*\.json": coco_stuff,
