@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from maskfirst.backbones.adapter import Adapter, Extractor, Geometry
 from maskfirst.backbones.beit import BEiT
+from maskfirst.backbones.uni_perceiver import UniPerceiver
 from maskfirst.backbones.vit import Taps, TimmViT
 from maskfirst.contracts import Trunk
 from maskfirst.ops import cpu
@@ -16,7 +17,7 @@ from maskfirst.ops import cpu
 PLAIN = "vit_tiny_patch16_224"
 DINOV2 = "vit_small_patch14_reg4_dinov2"
 DINOV3 = "vit_small_patch16_dinov3"
-TRUNKS = ("plain", "class token", "beit", "dinov2", "dinov3")
+TRUNKS = ("plain", "class token", "beit", "uni-perceiver", "dinov2", "dinov3")
 SIZES = [(32, 32), (48, 80), (70, 33), (64, 96)]
 
 
@@ -24,6 +25,9 @@ def trunk(kind: str = "plain", depth: int = 4, **settings: Any) -> Trunk:
     small: dict[str, Any] = {"width": 32, "depth": depth, "heads": 2, "final_norm": False, **settings}
     if kind == "beit":
         return BEiT((64, 64), **{"layer_scale": 1.0, **small})
+    if kind == "uni-perceiver":
+        small.pop("final_norm")
+        return UniPerceiver((64, 64), **{"layer_scale": 1.0, **small})
     if kind == "dinov2":
         return TimmViT((64, 64), DINOV2, **{"patch": 16, "layer_scale": 1.0, **small})
     if kind == "dinov3":
@@ -93,7 +97,8 @@ def test_closed_gates_leave_the_trunk_as_it_is(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "prefix"), [("plain", 0), ("class token", 1), ("beit", 1), ("dinov2", 5), ("dinov3", 5)]
+    ("kind", "prefix"),
+    [("plain", 0), ("class token", 1), ("beit", 1), ("uni-perceiver", 0), ("dinov2", 5), ("dinov3", 5)],
 )
 def test_tokens_before_the_patches_go_through_the_blocks_alone(kind: str, prefix: int) -> None:
     made = adapter(kind)
@@ -326,6 +331,7 @@ PUBLISHED = [
     ("beit", 512, 1024, 16, 16, 0.5, 24, {}, 327_884_480),
     ("beit", 640, 1024, 16, 16, 0.5, 24, {}, 328_756_928),
     ("beit", 896, 1024, 16, 16, 0.5, 24, {}, 331_091_648),
+    ("uni-perceiver", 224, 1024, 16, 16, 0.5, 24, {}, 326_593_728),
 ]  # fmt: skip
 """Trunk, its size, width and heads, those of deformable attention, their value ratio, blocks, settings and parameters."""
 
@@ -341,6 +347,8 @@ def test_parameters_are_as_many_as_published(
         inside: Trunk
         if kind == "beit":
             inside = BEiT((size, size), width=width, heads=heads, depth=depth)
+        elif kind == "uni-perceiver":
+            inside = UniPerceiver((size, size), width, depth, heads)
         else:
             inside = TimmViT(
                 (size, size),
@@ -352,8 +360,9 @@ def test_parameters_are_as_many_as_published(
                 layer_scale=1.0,
             )
         made = Adapter(inside, heads=looking, value_ratio=ratio, **settings)
-    # A plain ViT's position table has a row for a class token there, which nothing reads, and none here.
-    unread = width if kind == "vit" else 0
+    # A plain ViT's position table has a row for a class token there, which nothing reads, and none here; Uni-Perceiver's table
+    # of moments has 8 there, of which a picture has the first.
+    unread = {"vit": width, "uni-perceiver": 7 * width}.get(kind, 0)
     assert sum(parameter.numel() for parameter in made.parameters()) == count - unread
 
 

@@ -27,11 +27,18 @@ TRIOS = (
     ("dense", "oracle", "pixel"),
     ("upernet", "given", "pixel"),
     ("oracle", "given", "pixel"),
+    ("oracle", "vit_p", "pixel"),
+    ("mask2former", "blend", "set"),
 )
 """Proposer, namer, criterion. Every kind of the three menus is in one of them; a new kind needs its line here."""
 LEARNING = [trio for trio in TRIOS if trio[0] != "oracle"]
 TRUNK = {"kind": "vit", "model": "vit_tiny_patch16_224", "width": 32, "depth": 3, "heads": 2}
-TRUNKS: Mapping[str, Mapping[str, Any]] = {"vit": TRUNK, "beit": {"kind": "beit", "width": 32, "depth": 3, "heads": 2}}
+OTHER = {"width": 32, "depth": 3, "heads": 2}
+TRUNKS: Mapping[str, Mapping[str, Any]] = {
+    "vit": TRUNK,
+    "beit": {"kind": "beit", **OTHER},
+    "uni_perceiver": {"kind": "uni_perceiver", **OTHER},
+}
 UNSHRUNK = {"beit"}
 """Trunks whose blocks cannot take queries of other places."""
 BACKBONES: Mapping[str, Mapping[str, Any]] = {

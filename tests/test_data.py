@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as pycoco
 
+from maskfirst import recipe as recipes
+from maskfirst.build import Experiment
 from maskfirst.contracts import Dataset
 from maskfirst.data import shapes
 from maskfirst.data import vocabulary as vocabularies
@@ -761,19 +763,22 @@ def test_pascal_context(tmp_path: Path, classes: int, wanted: list[int]) -> None
 
 
 def test_potsdam_and_chase_by_folder(tmp_path: Path) -> None:
-    """Layouts that need no kind of their own, with the keys that docs/datasets.md tells."""
-    labels = np.array([[0, 1, 6, 255]], np.uint8)
+    """Layouts that need no kind of their own, with the keys that docs/datasets.md tells and their recipes have."""
     save(tmp_path / "img_dir/val/2_10_0.png", np.zeros((1, 4, 3), np.uint8))
-    save(tmp_path / "ann_dir/val/2_10_0.png", labels)
-    keys = {"images": "img_dir/{split}", "labels": "ann_dir/{split}", "vocabulary": "potsdam", "shift": -1}
-    sample = Folder(str(tmp_path), split="val", **keys)[0]
+    save(tmp_path / "ann_dir/val/2_10_0.png", np.array([[0, 1, 6, 255]], np.uint8))
+    sample = read_by("potsdam", tmp_path)[0]
     assert sample.classes[sample.ids[0, 0, 1:3].long()].tolist() == [0, 5]
     assert sample.ids[0, 0, [0, 3]].tolist() == [VOID, VOID]
-    save(tmp_path / "images/training/Image_01L.png", np.zeros((1, 2, 3), np.uint8))
-    save(tmp_path / "annotations/training/Image_01L_1stHO.png", np.array([[0, 1]], np.uint8))
-    keys = {"images": "images/training", "labels": "annotations/training", "ending": "_1stHO.png"}
-    sample = Folder(str(tmp_path), vocabulary="chase_db1", **keys)[0]
+    save(tmp_path / "images/validation/Image_01L.png", np.zeros((1, 2, 3), np.uint8))
+    save(tmp_path / "annotations/validation/Image_01L_1stHO.png", np.array([[0, 1]], np.uint8))
+    sample = read_by("chase-db1", tmp_path)[0]
     assert sample.ids[0, 0].tolist() == sample.classes.tolist() == [0, 1]
+
+
+def read_by(name: str, root: Path) -> Dataset:
+    """The validation pictures in a folder, as the recipe of that data set reads them."""
+    recipe = recipes.load(f"adapter-beit-l-mask2former-{name}", [f"data.val.root={root}"])
+    return Experiment(recipe).dataset("val")
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------

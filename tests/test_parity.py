@@ -43,13 +43,39 @@ def write_weights(folder: Path, name: str) -> None:
     save_file(weights, folder / told["backbone_weights"])
 
 
+PICTURES = {
+    "img64": (2, 3, 64, 64),
+    "img96": (1, 3, 96, 96),
+    "img60x64": (1, 3, 60, 64),
+    "img64x96": (1, 3, 64, 96),
+    "img80x112": (1, 3, 80, 112),
+}
+"""In the order in which they were drawn."""
+
+
+def pictures(seed: int) -> dict[str, np.ndarray]:
+    """Those of the fixtures."""
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(shape, generator=generator).numpy() for key, shape in PICTURES.items()}
+
+
+def write_pictures(folder: Path, name: str) -> None:
+    """The pictures of a variant of the subset, which it leaves out, as its seed draws them."""
+    told = json.loads((folder / f"{name}.json").read_text())
+    drawn = pictures(told["seeds"]["images"])
+    with np.load(folder / f"{name}.npz") as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    np.savez(folder / f"{name}.npz", **{key: drawn[key] for key in drawn.keys() & told["arrays"].keys()}, **arrays)
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The subset with its weights."""
+    """The subset with its weights and pictures."""
     folder = tmp_path_factory.mktemp("original")
     shutil.copytree(SUBSET, folder, dirs_exist_ok=True)
     for name in VARIANTS:
         write_weights(folder, name)
+        write_pictures(folder, name)
     return folder
 
 
@@ -70,8 +96,9 @@ def assert_all_hold(folder: Path) -> None:
     assert not bad, table(bad)
 
 
-def test_the_subset_is_small() -> None:
-    assert sum(path.stat().st_size for path in SUBSET.iterdir()) <= 2_000_000
+def test_a_clone_is_small() -> None:
+    """All the fixtures together."""
+    assert sum(path.stat().st_size for path in SUBSET.parent.rglob("*") if path.is_file()) <= 2_000_000
 
 
 def test_the_subset_holds(original: Path) -> None:
@@ -83,6 +110,16 @@ if FIXTURES is not None:
     def test_everything_of_the_original_holds() -> None:
         assert FIXTURES is not None
         assert_all_hold(FIXTURES / "segvit")
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_pictures_are_as_drawn(name: str) -> None:
+        assert FIXTURES is not None
+        told = json.loads((FIXTURES / "segvit" / f"{name}.json").read_text())
+        with np.load(FIXTURES / "segvit" / f"{name}.npz") as archive:
+            arrays = {key: archive[key] for key in archive.files if key.startswith("img")}
+        drawn = pictures(told["seeds"]["images"])
+        assert arrays.keys() == drawn.keys()
+        assert all(np.array_equal(arrays[key], drawn[key]) for key in drawn)
 
 
 SECOND = {

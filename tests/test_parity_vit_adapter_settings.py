@@ -21,7 +21,7 @@ from parity.rows import Row, table
 from parity.runner import run
 from parity.tables import read_json
 from parity.vit_adapter import published
-from parity.vit_adapter_settings import RECIPES, augment, inference, rates_and_decays, train
+from parity.vit_adapter_settings import augment, bundled, inference, rates_and_decays, train
 
 SUBSET = Path(__file__).parent / "fixtures" / "vit-adapter"
 FOLDERS = [SUBSET] if FIXTURES is None else [SUBSET, FIXTURES / "vit-adapter"]
@@ -65,15 +65,10 @@ def test_every_config_is_told_by_keys_of_recipes(name: str) -> None:
     assert steps.batch in (8, 16)
 
 
-def bundled(name: str) -> str:
-    """The recipe of a config."""
-    return next(each for each, config in RECIPES.items() if re.fullmatch(rf"{config}(_ss)?", name))
-
-
 def grouped(name: str, told: dict[str, Any]) -> list[Row]:
     """The rows of the parameters of a config's recipe: `told` as in `optim`."""
-    training = Experiment(recipe.load(bundled(name))).training()
-    parameters = dict(published(bundled(name)).named_parameters())
+    training = Experiment(recipe.load(*bundled(name))).training()
+    parameters = dict(published(*bundled(name)).named_parameters())
     return [*rates_and_decays(name, told, training, parameters, vit_adapter.rules(told["params"]))]
 
 
@@ -83,8 +78,8 @@ def by_the_text(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
     how, decay = settings["paramwise_cfg"], settings["weight_decay"]
 
     def layered(key: str, dims: int) -> list[float]:
-        block = re.match(r"backbone\.blocks\.(\d+)\.", key)
-        slowest = ("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed")
+        block = re.match(r"backbone\.(?:blocks|layers)\.(\d+)\.", key)
+        slowest = ("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed", "backbone.visual_embed")
         slowest += tuple(f"decode_head.{each}" for each in ("cls_embed", "mask_embed", "level_embed", "query_"))
         depth = how["num_layers"]
         layer = int(block[1]) + 1 if block else 0 if key.startswith(slowest) else depth + 1
@@ -106,7 +101,7 @@ def test_rates_and_decays_are_the_recorded_ones(path: Path) -> None:
     told = read_json(path)
     bad = [row for row in grouped(told["config"], told) if not row.passed]
     assert not bad, table(bad)
-    own = dict(published(bundled(told["config"])).named_parameters())
+    own = dict(published(*bundled(told["config"])).named_parameters())
     homes = destinations(told["params"], vit_adapter.rules(told["params"]))
     shapes = {key: {"shape": own[goals[0]].shape, "kind": "param"} for key, goals in homes.items()}
     expected = by_the_text(told["config"], shapes)
@@ -130,7 +125,7 @@ def test_rates_and_decays_are_the_original_s(path: Path) -> None:
 def change(folder: Path, name: str, changed: Callable[[Any], None]) -> Path:
     """A folder with one file of the subset's data, changed."""
     shutil.copytree(SUBSET / "manifests", folder / "manifests")
-    content = json.loads((SUBSET / "data" / name).read_text())
+    content = read_json(next((SUBSET / "data").glob(f"{name}*")))
     changed(content)
     (folder / "data").mkdir()
     (folder / "data" / name).write_text(json.dumps(content))

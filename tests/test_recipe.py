@@ -488,7 +488,7 @@ def test_building_on_meta_gives_the_same_tensors_without_their_memory() -> None:
         ("proposer.heds=5", "proposer: unknown key 'heds'. Did you mean 'heads'? "
          "Known: backbone, width, heads, layers, queries, dropout, spread, read_out, earlier."),
         ("proposer.backbone.trunk.kind=vitt", "proposer.backbone.trunk: unknown kind 'vitt'. Did you mean 'vit'? "
-         "Known: beit, vit."),
+         "Known: beit, uni_perceiver, vit."),
         ("proposer.heads=3", "proposer: width 16 is not divisible by 3 heads"),
         ("proposer.backbone.trunk.model=vit_tinny_patch16_224", "proposer.backbone.trunk: timm has no plain ViT "
          "'vit_tinny_patch16_224'. Did you mean 'vit_tiny_patch16_224'?"),

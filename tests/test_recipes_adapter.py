@@ -1,8 +1,9 @@
 """The bundled recipes of ViT-Adapter: each is its released configuration, for training, testing and augmented testing."""
 
-import re
-from collections.abc import Iterator
-from dataclasses import replace
+import copy
+import gzip
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,88 +12,131 @@ import pytest
 from fixtures_dir import FIXTURES
 from maskfirst import recipe
 from maskfirst.build import Experiment
-from maskfirst.contracts import Augmentation
-from maskfirst.frames import Size
-from maskfirst.recipe import construct
-from maskfirst.segmenter import Inference
-from maskfirst.training import Training
-from parity import vit_adapter_settings as settings
+from parity import vit_adapter_recipes, vit_adapter_settings
+from parity.foreign import NotCoveredError
+from parity.rows import table
+from parity.runner import run
 from parity.tables import read_json
+from parity.vit_adapter import published
 
-SUBSET = Path(__file__).parent / "fixtures" / "vit-adapter"
-CONFIGS = read_json((FIXTURES / "vit-adapter" if FIXTURES else SUBSET) / "manifests" / "config_summary.json.gz")
-OF = settings.RECIPES
-PICTURES: list[Size] = [(512, 683), (683, 512), (480, 640), (256, 256), (1024, 2048), (375, 500), (300, 700)]
-
-
-def config(name: str, augmented: bool = False) -> dict[str, Any] | None:
-    """The config of a recipe, for single-scale or for multi-scale testing; None where there is none."""
-    ending = "_ms" if augmented else "_ss"
-    return CONFIGS.get(OF[name] + ending, None if augmented else CONFIGS.get(OF[name]))
+SUBSET = Path(__file__).parent / "fixtures" / "vit-adapter" / "manifests"
+FOLDER = SUBSET if FIXTURES is None else FIXTURES / "vit-adapter" / "manifests"
+CONFIGS = read_json(SUBSET / "config_summary.json.gz")
+NAMES = vit_adapter_settings.RECIPES
 
 
-def built(section: Any, kind: Any, name: str) -> Any:
-    from maskfirst.build import MENUS
-
-    size = tuple(config(name)["test_cfg"]["crop_size"])
-    return construct(section, kind, menus=MENUS, where="config", source=OF[name], given={object: {"size": size}})
+def test_every_recipe_has_its_config() -> None:
+    assert set(NAMES) == {name for name in recipe.names() if name.startswith(("adapter-", "beit-"))}
+    assert {vit_adapter_settings.bundled(config)[0] for config in CONFIGS} == set(NAMES)
 
 
-def test_every_recipe_is_compared() -> None:
-    assert set(OF) == {name for name in recipe.names() if name.startswith("adapter-")}
+def test_all_of_the_manifests_hold() -> None:
+    """Keys and sizes of the full-size models; of every config network, training, changes of samples, and views."""
+    rows = run(FOLDER)
+    bad = [row for row in rows if not row.passed]
+    assert not bad, table(bad)
+    assert {row.file for row in rows} == {path.name for path in FOLDER.iterdir()}
+    for name in CONFIGS:
+        assert len([row for row in rows if row.name.startswith(f"{name}: ")]) >= 12
 
 
-@pytest.mark.parametrize("name", OF)
-def test_training_is_the_original_s(name: str) -> None:
-    told = config(name)
-    assert told is not None
-    ours, theirs = Experiment(recipe.load(name)).training(), built(settings.train(told), Training, name)
-    # How often it was looked at changes nothing in what it learns.
-    assert replace(ours, evaluate_every=1.0) == replace(theirs, evaluate_every=1.0)
+VIT = "ade20k/upernet_augreg_adapter_base_512_160k_ade20k"
+BASELINE = "ade20k/upernet_beit_large_512_160k_ade20k_ms"
+MASKS = "ade20k/mask2former_beit_adapter_large_896_80k_ade20k_ss"
+TILES = "potsdam/mask2former_beit_adapter_large_512_80k_potsdam_ss"
 
 
-@pytest.mark.parametrize("name", OF)
-def test_training_samples_are_changed_as_there(name: str) -> None:
-    told = config(name)
-    assert told is not None
-    ours, theirs = (
-        Experiment(recipe.load(name)).augmentations(),
-        built(settings.augment(told), list[Augmentation], name),
-    )
-    assert [(type(each), vars(each)) for each in ours] == [(type(each), vars(each)) for each in theirs]
+def unreduced(config: Any) -> None:
+    del config["train_pipeline"][1]["reduce_zero_label"]
 
 
-def seen(inference: Inference, augmented: bool) -> Iterator[tuple[Any, ...]]:
-    """All that a network is shown of some pictures."""
-    for picture in PICTURES:
-        for view in inference.views(picture, 1, augmented):
-            yield view, *((each.outer, each.origin) for each in inference.windows(view, 1))
+@pytest.mark.parametrize(
+    ("name", "change", "shown"),
+    [
+        (VIT, lambda told: told["optimizer"].update(lr=3e-5), {"training"}),
+        (MASKS, lambda told: told["optimizer"]["paramwise_cfg"].update(layer_decay_rate=0.95), {"training"}),
+        (MASKS, lambda told: told.update(samples_per_gpu=2), {"training"}),
+        (VIT, lambda told: told["train_pipeline"][3].update(cat_max_ratio=0.8), {"training samples"}),
+        (VIT, lambda told: told["train_norm"].update(std=[58.0] * 3), {"backbone", "normalisation in tests"}),
+        (VIT, lambda told: told["backbone"].update(num_heads=6), {"backbone"}),
+        (VIT, lambda told: told["backbone"].update(drop_path_rate=0.2), {"backbone"}),
+        (MASKS, lambda told: told["backbone"].update(with_cp=False), {"backbone"}),
+        (MASKS, lambda told: told["backbone"].update(init_values=1e-5), {"backbone", "what scales begin with"}),
+        (BASELINE, lambda told: told["backbone"].update(img_size=640), {"backbone"}),
+        (BASELINE, lambda told: told["aux"].update(channels=512), {"head"}),
+        (MASKS, lambda told: told["head"].update(num_queries=100), {"head"}),
+        (MASKS, lambda told: told.update(pretrained="beitv2_large_patch16_224_pt1k_ft21k.pth"), {"pretrained trunk"}),
+        (TILES, lambda told: told["train_set"].update(img_dir="images/train"), {"folders of train"}),
+        (TILES, unreduced, {"numbers of train", "numbers of val"}),
+        (TILES, lambda told: told["train_set"].update(type="CityscapesDataset"), {"classes"}),
+        (MASKS, lambda told: told["test_cfg"].update(stride=[511, 512]), {"windows and strides"}),
+        (BASELINE, lambda told: told["test_pipeline"][1]["img_ratios"].pop(), {"views"}),
+    ],
+)
+def test_one_wrong_setting_shows(name: str, change: Callable[[Any], Any], shown: set[str]) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    change(config)
+    rows = vit_adapter_recipes.compared("", name, config)
+    bad = {row.name.removeprefix(f"{name}: ").split(", as ")[0] for row in rows if not row.passed}
+    # Other windows show in the views of some pictures, too.
+    assert {each for each in bad if not each.startswith("view of ")} == shown
 
 
-@pytest.mark.parametrize("name", OF)
-def test_pictures_are_shown_as_there(name: str) -> None:
-    inference = replace(Experiment(recipe.load(name)).segmenter(meta=True).inference, multiple=1)
-    single, several = config(name), config(name, augmented=True)
-    assert single is not None
-    theirs = built(settings.inference(single), Inference, name)
-    assert (inference.window, inference.stride) == (theirs.window, theirs.stride)
-    assert (inference.order == "names_first") == ("mask2former" in name)
-    # What the original does not pad it cannot take where it ends below the window.
-    fitting = [picture for picture in PICTURES if min(theirs.fit.size(picture)) >= min(theirs.window or (0,))]
-    assert len(fitting) >= 6
-    for picture in fitting:
-        (ours,), (view, *_) = inference.views(picture, 1, False), theirs.views(picture, 1, True)
-        assert ours == replace(view, flipped=False)
-        assert inference.windows(ours, 1) == theirs.windows(ours, 1)
-    if several is not None:
-        theirs = built(settings.inference(several), Inference, name)
-        assert [*seen(inference, True)] == [*seen(theirs, True)]
-        assert inference.average == "softmax"
-        assert inference.pad == theirs.pad == 0 or inference.fill == theirs.fill
-    elif not name.endswith(("mapillary", "coco-stuff-164k", "beitv2-l-mask2former-ade20k")):
-        # The tables' scores of many scales are those of a switch of the test's there.
-        assert inference.flip
-        assert inference.scales == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("ade20k/upernet_deit_adapter_huge", {}, "no recipe for ade20k/upernet_deit_adapter_huge"),
+        (VIT, {"teacher": {}}, f"{VIT}: unknown keys teacher"),
+        (
+            VIT,
+            {"optimizer": CONFIGS[VIT]["optimizer"] | {"paramwise_cfg": {"custom_keys": {}}}},
+            "paramwise_cfg.custom_keys",
+        ),
+    ],
+    ids=["config", "section", "rules"],
+)
+def test_what_no_recipe_says_is_not_passed_over(name: str, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(NotCoveredError, match=told):
+        list(vit_adapter_recipes.compared("", name, CONFIGS[VIT] | change))
+
+
+MANIFEST = "ade20k__upernet_deit_adapter_small_512_160k_ade20k.json.gz"
+
+
+@pytest.mark.parametrize(
+    ("key", "changed", "shown"),
+    [
+        ("backbone.level_embed", {"kind": "buffer"}, "kinds"),
+        ("backbone.norm1.num_batches_tracked", {"dtype": "float32"}, "types"),
+        ("backbone.level_embed", {"shape": [3, 385]}, ""),
+    ],
+)
+def test_one_wrong_entry_of_a_manifest_shows(tmp_path: Path, key: str, changed: dict[str, Any], shown: str) -> None:
+    told = read_json(SUBSET / MANIFEST)
+    told.get("keys", told)[key].update(changed)
+    (tmp_path / MANIFEST).write_bytes(gzip.compress(json.dumps(told).encode()))
+    assert [row.name for row in run(tmp_path) if not row.passed] == [shown]
+
+
+def test_one_wrong_size_shows() -> None:
+    told = read_json(SUBSET / "summary.json.gz")[f"{MASKS}.py"]
+    found = vit_adapter_recipes.sizes_of(published("adapter-beit-l-mask2former-ade20k"), CONFIGS[MASKS])
+    assert found == told
+    other = vit_adapter_recipes.sizes_of(published("adapter-beit-l-mask2former-ade20k-640"), CONFIGS[MASKS])
+    assert {key for key in told if other[key] != told[key]} == {"total", "backbone", "decode_head"}
+
+
+ALONE = [name for name in NAMES if f"{NAMES[name]}_ms" not in CONFIGS]
+"""Those without a config of many scales."""
+LIKE_OTHERS = {"adapter-beit-l-mask2former-mapillary", "adapter-beitv2-l-mask2former-coco-stuff-164k"}
+"""Those among them that have the scales of others on such pictures."""
+
+
+@pytest.mark.parametrize("name", sorted({*ALONE} - LIKE_OTHERS))
+def test_without_a_config_of_many_scales_they_are_those_of_the_original_s_switch(name: str) -> None:
+    inference = Experiment(recipe.load(name)).segmenter(meta=True).inference
+    assert inference.flip
+    assert inference.scales == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 PARAMETERS = {
@@ -100,6 +144,8 @@ PARAMETERS = {
     "adapter-deit-s-upernet-ade20k": 58,
     "adapter-beit-b-mask2former-coco-stuff-10k": 120,
     "adapter-deit-b-upernet-ade20k": 134,
+    "adapter-beit-l-mask2former-chase-db1": 350,
+    "adapter-beit-l-mask2former-potsdam": 352,
     "adapter-augreg-l-upernet-ade20k": 364,
     "adapter-beit-l-upernet-pascal-context": 451,
     "adapter-beit-l-mask2former-ade20k-640": 568,
@@ -108,14 +154,6 @@ PARAMETERS = {
 """Millions, as published."""
 
 
-@pytest.mark.parametrize("name", OF)
-def test_parameters_are_the_original_s(name: str) -> None:
-    counts = read_json((FIXTURES / "vit-adapter" if FIXTURES else SUBSET) / "manifests" / "summary.json")
-    told = next(value for key, value in counts.items() if re.fullmatch(rf"{OF[name]}(_ss)?\.py", key))
-    segmenter = Experiment(recipe.load(name)).segmenter(meta=True)
-    ours = sum(parameter.numel() for parameter in segmenter.parameters())
-    # The original's plain ViT keeps the place of a class token that it does not have.
-    spare = config(name)["backbone"]["embed_dim"] if "beit" not in name else 0
-    assert ours == told["total"] - spare
-    if name in PARAMETERS:
-        assert round(ours / 1e6) == PARAMETERS[name]
+@pytest.mark.parametrize(("name", "millions"), PARAMETERS.items())
+def test_parameters_are_as_many_as_published(name: str, millions: int) -> None:
+    assert round(sum(parameter.numel() for parameter in published(name).parameters()) / 1e6) == millions

@@ -24,7 +24,11 @@ from maskfirst.training import Training
 from maskfirst.types import Vocabulary
 
 MENUS: dict[type, dict[str, str]] = {
-    Trunk: {"vit": "maskfirst.backbones.vit:TimmViT", "beit": "maskfirst.backbones.beit:BEiT"},
+    Trunk: {
+        "vit": "maskfirst.backbones.vit:TimmViT",
+        "beit": "maskfirst.backbones.beit:BEiT",
+        "uni_perceiver": "maskfirst.backbones.uni_perceiver:UniPerceiver",
+    },
     Backbone: {
         "taps": "maskfirst.backbones.vit:Taps",
         "shrunk_taps": "maskfirst.backbones.vit:ShrunkTaps",
@@ -45,9 +49,11 @@ MENUS: dict[type, dict[str, str]] = {
         "upernet": "maskfirst.proposers.upernet:UperNet",
     },
     Namer: {
+        "blend": "maskfirst.namers.blend:Blend",
         "class_head": "maskfirst.namers.class_head:ClassHead",
         "given": "maskfirst.namers.given:Given",
         "oracle": "maskfirst.namers.oracle:OracleNamer",
+        "vit_p": "maskfirst.namers.vit_p:ViTP",
     },
     Criterion: {
         "set": "maskfirst.criteria.matched:Matched",

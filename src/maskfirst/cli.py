@@ -435,7 +435,7 @@ def recipes(as_json: Json = False) -> None:
             f"{row.parameters / 1e6:.1f}",
             f"{told.gflops:.1f}" if told and told.gflops else "",
             f"{row.gflops:.1f}" if row.gflops else "",
-            told.checkpoint if told else "",
+            told.checkpoint if told and told.checkpoint else "",
         )
     _print(table)
 

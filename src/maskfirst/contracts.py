@@ -105,6 +105,8 @@ class Namer(nn.Module, ABC):
 
     example: ClassVar[Mapping[str, Any]]
     uses_truth: ClassVar[bool] = False
+    knows_void: ClassVar[bool] = True
+    """Whether it can say that a mask is no object."""
 
     @abstractmethod
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
@@ -112,20 +114,23 @@ class Namer(nn.Module, ABC):
 
 
 class PointNamer(Namer, ABC):
-    """Names masks by points: what it learns to do is to name single pixels."""
+    """Names pixels of a picture, and so any mask by a pixel of it."""
 
+    knows_void: ClassVar[bool] = False
     size: Size
-    """(height, width) px of the pictures that it is given."""
+    """(height, width) px that a picture is stretched to before it is looked at."""
 
     @abstractmethod
-    def classify(self, pixels: Float[Tensor, "B 3 h w"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:
-        """Logits of each point of RGB pictures 0..255 of `size`; `points`: (y, x) in [-1, 1), 2 * pixel / side - 1."""
+    def classify(self, pixels: Float[Tensor, "B 3 H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:
+        """Logits over the names. `pixels`: RGB 0..255 of `size`. `points`: (y, x) in [-1, 1), 2 * pixel / side - 1."""
 
 
 class Criterion(nn.Module, ABC):
     """How truth meets proposals."""
 
     example: ClassVar[Mapping[str, Any]]
+    trains_void: ClassVar[bool] = False
+    """Whether it trains which proposals are no object."""
 
     @abstractmethod
     def forward(self, proposals: Proposals, names: Names, truth: Sequence[Segments]) -> dict[str, Float[Tensor, ""]]:

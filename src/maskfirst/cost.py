@@ -71,14 +71,15 @@ class Cost:
 class Published:
     """What others have reported for the model of a recipe: its section `published`.
 
-    `scores` in percent, those with test-time augmentation as `..._tta`. `checkpoint`: the file that was released. `source`:
-    where it lies. `parameters`: of the original code's model. `gflops`: 1e9 multiply-accumulates.
+    `scores` in percent, those with test-time augmentation as `..._tta`. `source`: where the `checkpoint` lies, the file that
+    was released; None: the scores alone were. `parameters`: of the original code's model. `gflops`: 1e9
+    multiply-accumulates.
     """
 
     dataset: str
     scores: dict[str, float]
-    checkpoint: str
     source: str
+    checkpoint: str | None = None
     parameters: int | None = None
     gflops: float | None = None
 

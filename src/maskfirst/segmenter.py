@@ -117,6 +117,12 @@ class Segmenter(nn.Module):
         """Weighted losses by name, those of earlier guesses with `_0`, `_1`, ...; their plain sum is trained on."""
         if batch.truth is None or self.criterion is None:
             raise ValueError("losses need a batch with truth, and a criterion")
+        if self.criterion.trains_void and not self.namer.knows_void:
+            raise UserError(
+                f"criterion {self.criterion.example['kind']} trains which proposals are no object, and namer "
+                f"{self.namer.example['kind']} takes all for one; put it second in a `blend`, or train it by "
+                "`phase: {kind: points}`"
+            )
         truth = [
             tasks.targets(segments, self.vocabulary, task)
             for segments, task in zip(batch.truth, batch.tasks, strict=True)

@@ -6,12 +6,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import answers, mask2former, scores, tables, upernet, vit_adapter, vit_adapter_settings
+from . import (
+    answers,
+    mask2former,
+    scores,
+    tables,
+    upernet,
+    vit_adapter,
+    vit_adapter_recipes,
+    vit_adapter_settings,
+    vit_p,
+)
 from .rows import Row, failed
 from .variant import variant
 
 PROSE = {".md", ".txt"}
-FILES = tables.FILES | vit_adapter_settings.FILES | vit_adapter.FILES
+FILES = tables.FILES | vit_adapter_settings.FILES | vit_adapter.FILES | vit_adapter_recipes.FILES
 """File name -> what compares it."""
 KINDS = {
     "Mask2Former MaskFormerHead (pixel decoder + masked decoder)": mask2former.original_head,
@@ -20,6 +30,7 @@ KINDS = {
     "OneFormer ConvNeXt backbone": mask2former.convnext,
     "post-processing": answers.post_processing,
     "Hungarian matcher + set criterion": answers.criterion,
+    "ViT-P glue: point of every mask, class fusion (two variants)": vit_p.fusion,
     "UPerHead (PSP scales 1,2,3,6) + FCN auxiliary head, BN eval": upernet.head,
 }
 """What a config.json says it is of -> what compares it, with io.npz and state.safetensors beside it."""
@@ -55,6 +66,8 @@ def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
         return mask2former.operator
     if path.name == "meta.json" and vit_adapter.is_tables(told):
         return vit_adapter.tables
+    if vit_p.is_variant(told):
+        return vit_p.variant
     if path.name == "config.json" and vit_adapter.is_variant(told):
         return vit_adapter.variant
     if path.name == "expected.json":
@@ -75,6 +88,8 @@ def _belonging(path: Path) -> set[str]:
     """The file itself and those that are read with it."""
     if path.name == "config.json":
         return {path.name, "io.npz", "state.safetensors", *vit_adapter.BESIDE}
+    if vit_p.is_variant(_told(path) if path.suffix == ".json" else {}):
+        return {path.name, f"{path.stem}.npz", f"{path.stem}.safetensors"}
     if path.name == "expected.json":
         return {path.name, *scores.BESIDE, *(name for pair in scores.FILES.values() for name in pair)}
     if path.name == "meta.json":

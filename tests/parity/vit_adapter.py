@@ -1,7 +1,6 @@
 """ViT-Adapter: the original's backbones on plain ViTs and BEiT, tap by tap in double precision; tables of other windows."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -30,7 +29,7 @@ from .arrays import Compared, read_arrays
 from .foreign import NotCoveredError, Settings
 from .rows import Row, Tolerance, compare, equal
 from .tables import read_json
-from .vit_adapter_settings import RECIPES, rates_and_decays
+from .vit_adapter_settings import bundled, rates_and_decays
 
 ARRAYS = Tolerance(atol=1e-5)
 """In double precision; the fixtures are stored in single precision."""
@@ -163,39 +162,43 @@ def recipe_tree(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"vocabulary": names, "proposer": proposer, **parts, "inference": inference}
 
 
-def backbone_tree(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a config's backbone. Pictures of the fixtures are normalised already, so it does nothing to them."""
+NORMALISED = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+"""Of pictures that are normalised already, as those of the fixtures are."""
+
+
+def backbone_tree(config: Mapping[str, Any], norm: Mapping[str, Any] = NORMALISED) -> dict[str, Any]:
+    """The recipe of a config's backbone. `norm`: the mean and deviation by which it normalises."""
     told = Settings(config, "backbone")
     kind = told.need("type")
-    if kind not in ("ViTAdapter", "BEiTAdapter", "BEiTBaseline"):
+    if kind not in ("ViTAdapter", "UniPerceiverAdapter", "BEiTAdapter", "BEiTBaseline"):
         raise NotCoveredError(f"backbone.type: {kind!r}")
     depth, drop_path = told.need("depth"), told.need("drop_path_rate")
-    side = told.take("img_size", 224 if kind == "ViTAdapter" else 512)
+    norm_eps = 1e-5 if kind == "UniPerceiverAdapter" else 1e-6
     trunk: dict[str, Any] = {
-        "kind": "vit",
-        "size": _pair(side),
         "width": told.need("embed_dim"),
         "depth": depth,
         "heads": told.need("num_heads"),
         "patch": told.need("patch_size"),
         "drop_path": drop_path,
-        "norm_eps": 1e-6,
-        "final_norm": False,
-        "mean": [0.0, 0.0, 0.0],
-        "std": [1.0, 1.0, 1.0],
+        "norm_eps": norm_eps,
+        **norm,
     }
     told.only("mlp_ratio", 4)
-    if kind == "ViTAdapter":
-        trunk |= {"size": _pair(told.take("pretrain_size", 224)), "class_token": "absent", "layer_scale": 1.0}
+    if kind in ("ViTAdapter", "UniPerceiverAdapter"):
+        # The size of the pictures that it is given, which changes nothing.
+        told.take("img_size", None)
         told.only("window_attn", [False] * depth)
         told.only("window_size", [None] * depth)
-        gate = 0.0
+        gate = told.take("init_values", 0.0)
+        plain = {"kind": "vit", "final_norm": False, "class_token": "absent", "layer_scale": 1.0}
+        trunk |= plain if kind == "ViTAdapter" else {"kind": "uni_perceiver"}
+        trunk["size"] = _pair(told.take("pretrain_size", 224))
     else:
-        gate = told.need("init_values")
-        trunk |= {"kind": "beit", "layer_scale": gate}
         told.only("qkv_bias", True)
         told.only("use_abs_pos_emb", False)
         told.only("use_rel_pos_bias", True)
+        gate = told.need("init_values")
+        trunk |= {"kind": "beit", "final_norm": False, "layer_scale": gate, "size": _pair(told.take("img_size", 512))}
     if kind == "BEiTBaseline":
         told.only("out_indices", BASELINE_DEPTHS)
         told.done()
@@ -214,6 +217,7 @@ def backbone_tree(config: Mapping[str, Any]) -> dict[str, Any]:
         "add_trunk": told.take("add_vit_feature", True),
         "gate": gate,
         "drop_path": drop_path,
+        "norm_eps": norm_eps,
         "checkpointing": told.take("with_cp", False),
     }
     told.done()
@@ -221,37 +225,42 @@ def backbone_tree(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest(folder: Path, path: Path) -> Iterator[Row]:
-    """Every key of a full-size model: to the bundled recipe that its shapes ask for, and to its place there."""
+    """Every key of a full-size model: to its place in that of the bundled recipe, which its shapes ask for."""
     told = read_json(path)
     told = told.get("keys", told)
+    recipe = bundled(path.name.removesuffix(".json.gz").replace("__", "/"))
     with torch.device("meta"):
         tensors = {key: torch.empty(each["shape"], dtype=getattr(torch, each["dtype"])) for key, each in told.items()}
-    plan = vit_adapter.plan(tensors)
-    if plan is None:
-        raise NotCoveredError(f"no recipe for {vit_adapter.facts(tensors)}")
-    shapes = {key: each.shape for key, each in published(plan[0]).state_dict().items()}
+    model = published(*recipe)
+    own, parameters = model.state_dict(), dict(model.named_parameters())
+    shapes = {key: each.shape for key, each in own.items()}
     renamed = rename(tensors, vit_adapter.rules(tensors.keys()), shapes)
-    yield equal(path.name, f"keys, as {plan[0]}", len(renamed.homes) + len(renamed.left), len(told))
-    yield equal(
-        path.name, "keys left behind", {key.split(".")[-1] for key in renamed.left} - {"relative_position_index"}, set()
-    )
+    yield equal(path.name, f"keys, as {recipe[0]}", len(renamed.homes) + len(renamed.left), len(told))
+    left = {key.rpartition(".")[2]: told[key]["kind"] for key in renamed.left}
+    yield equal(path.name, "keys left behind", left, {"relative_position_index": "buffer"} if left else {})
+    kinds = {
+        key: {"param" if goal in parameters else "buffer" for goal in goals} for key, goals in renamed.homes.items()
+    }
+    yield equal(path.name, "kinds", [key for key in kinds if kinds[key] != {told[key]["kind"]}], [])
+    dtypes = {key: {own[goal].dtype for goal in goals} for key, goals in renamed.homes.items()}
+    yield equal(path.name, "types", [key for key in dtypes if dtypes[key] != {tensors[key].dtype}], [])
+    plan = vit_adapter.plan(tensors)
+    asked = {} if plan is None else {key: each.shape for key, each in published(*plan).state_dict().items()}
+    yield equal(path.name, "recipe by its tensors", asked == shapes, True)
 
 
 @cache
-def published(name: str) -> Segmenter:
+def published(name: str, overrides: tuple[str, ...] = ()) -> Segmenter:
     """The model of a bundled recipe, without memory."""
-    return Experiment(recipes.load(name)).segmenter(meta=True)
+    return Experiment(recipes.load(name, overrides)).segmenter(meta=True)
 
 
 def optimizer(folder: Path, path: Path) -> Iterator[Row]:
     """The rate and the weight decay of every parameter, as the bundled recipe of that configuration steps it."""
     told = read_json(path)
-    name = told["config"]
-    recipe = next((each for each, config in RECIPES.items() if re.fullmatch(rf"{config}(_ss|_ms)?", name)), None)
-    if recipe is None:
-        raise NotCoveredError(f"no recipe for {name}")
-    parameters = dict(published(recipe).named_parameters())
-    training = Experiment(recipes.load(recipe)).training()
+    recipe = bundled(told["config"])
+    parameters = dict(published(*recipe).named_parameters())
+    training = Experiment(recipes.load(*recipe)).training()
     yield from rates_and_decays(path.name, told, training, parameters, vit_adapter.rules(told["params"].keys()))
 
 

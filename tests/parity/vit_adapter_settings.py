@@ -34,6 +34,8 @@ RECIPES = {
     "adapter-augreg-t-upernet-ade20k": "ade20k/upernet_augreg_adapter_tiny_512_160k_ade20k",
     "adapter-augreg-b-upernet-ade20k": "ade20k/upernet_augreg_adapter_base_512_160k_ade20k",
     "adapter-augreg-l-upernet-ade20k": "ade20k/upernet_augreg_adapter_large_512_160k_ade20k",
+    "adapter-uni-perceiver-l-upernet-ade20k": "ade20k/upernet_uniperceiver_adapter_large_512_160k_ade20k",
+    "beit-l-upernet-ade20k": "ade20k/upernet_beit_large_512_160k_ade20k",
     "adapter-beit-l-upernet-ade20k": "ade20k/upernet_beit_adapter_large_640_160k_ade20k",
     "adapter-beit-l-mask2former-ade20k-640": "ade20k/mask2former_beit_adapter_large_640_160k_ade20k",
     "adapter-beit-l-mask2former-ade20k": "ade20k/mask2former_beit_adapter_large_896_80k_ade20k",
@@ -49,8 +51,28 @@ RECIPES = {
     "adapter-beit-b-mask2former-pascal-context": "pascal_context/mask2former_beit_adapter_base_480_40k_pascal_context_59",
     "adapter-beit-l-upernet-pascal-context": "pascal_context/upernet_beit_adapter_large_480_80k_pascal_context_59",
     "adapter-beit-l-mask2former-pascal-context": "pascal_context/mask2former_beit_adapter_large_480_40k_pascal_context_59",
+    "adapter-beit-l-mask2former-potsdam": "potsdam/mask2former_beit_adapter_large_512_80k_potsdam",
+    "adapter-beit-l-mask2former-chase-db1": "chase_db1/mask2former_beit_adapter_large_128_40k_chase_db1",
 }
 """Recipe -> config; those that end in _ss and _ms are two, and one bundled recipe here."""
+VARIANTS = {
+    "ade20k/mask2former_beitv2_adapter_large_896_160k_ade20k": (
+        "adapter-beitv2-l-mask2former-ade20k",
+        ("train.steps=160000", "train.schedule.warmup=0.009375"),
+    ),
+}
+"""Config without a published score -> the recipe of which it is a variant, and what it changes there."""
+
+
+def bundled(config: str) -> tuple[str, tuple[str, ...]]:
+    """The recipe of a config, and its overrides. Raises NotCoveredError where there is none."""
+    name = re.sub("_(ss|ms)$", "", config)
+    if name in VARIANTS:
+        return VARIANTS[name]
+    for recipe, known in RECIPES.items():
+        if known == name:
+            return recipe, ()
+    raise NotCoveredError(f"no recipe for {config}")
 
 
 def inference(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +160,6 @@ def augment(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return section
 
 
-TRUNK = r"proposer\.backbone\.trunk\..*"
 SLOWEST = r"proposer\.(queries|positions|level_embed|mask_embed\..*)|namer\..*"
 """What of a Mask2Former learns as slowly as the embeddings of its trunk."""
 
@@ -149,17 +170,18 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     optimizer.only("type", "AdamW")
     how = Settings(optimizer.take("paramwise_cfg", {}), "paramwise_cfg")
     if optimizer.take("constructor", None) == "LayerDecayOptimizerConstructor":
-        rule: dict[str, Any] = {"match": TRUNK, "layer_decay": how.need("layer_decay_rate")}
+        trunk = r"proposer\.backbone\.trunk\..*"
+        if config["backbone"]["type"] == "BEiTBaseline":
+            trunk = r"proposer\.backbone\.backbone\.trunk\..*"
+        rule: dict[str, Any] = {"match": trunk, "layer_decay": how.need("layer_decay_rate")}
         if config["head"]["type"] == "Mask2FormerHead":
-            rule |= {"match": f"{TRUNK}|{SLOWEST}", "first": SLOWEST}
+            rule |= {"match": f"{trunk}|{SLOWEST}", "first": SLOWEST}
         groups = [{"match": ".*", "dims": 1, "decay": 0.0}, rule]
         how.only("num_layers", config["backbone"].get("depth", 12))
     else:
-        still = {"decay_mult": 0.0}
-        how.only(
-            "custom_keys",
-            dict.fromkeys(("level_embed", "pos_embed", "norm", "bias"), still) | {"head": {"lr_mult": 10.0}},
-        )
+        told, still = how.need("custom_keys"), {"decay_mult": 0.0}
+        if told != dict.fromkeys(("level_embed", "pos_embed", "norm", "bias"), still) | {"head": {"lr_mult": 10.0}}:
+            raise NotCoveredError(f"paramwise_cfg.custom_keys: {told}")
         groups = [
             {"match": r".*\.bias", "lr": 1.0, "decay": 0.0},
             {"match": r"proposer\.(?!backbone\.).*", "lr": 10.0},
@@ -184,6 +206,14 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
         "schedule": {"power": power, "warmup": rising / steps, "warmup_ratio": start},
         "evaluate_every": config["eval_interval"] / steps,
     }
+
+
+def unread(backbone: Mapping[str, Any]) -> int:
+    """Parameters of a config's backbone that nothing reads, and that are none here.
+
+    A plain ViT keeps the position of a class token that it does not have, a Uni-Perceiver 8 moments of which a picture has one.
+    """
+    return {"ViTAdapter": 1, "UniPerceiverAdapter": 7}.get(backbone["type"], 0) * backbone["embed_dim"]
 
 
 def poly_warmup(folder: Path, path: Path) -> Iterator[Row]:
@@ -319,7 +349,7 @@ def _classes(code: Code, numbers: Iterable[int]) -> list[int]:
 
 
 FILES = {
-    r"test_resize_and_windows.*\.json": test_geometry,
+    r"test_resize_and_windows.*\.json(\.gz)?": test_geometry,
     r"classes_palettes.*\.json": palettes,
     r"label_luts.*\.json": label_tables,
     r"coco_stuff_raw_to_train_id.*\.json": coco_stuff,

@@ -23,18 +23,25 @@ from maskfirst.errors import UserError
 from maskfirst.frames import Size
 
 
-def resize_positions(table: Float[Tensor, "1 M D"], grid: Size, antialias: bool = False) -> Float[Tensor, "1 N D"]:
+def resize_positions(
+    table: Float[Tensor, "1 M D"], grid: Size, antialias: bool = False, offset: float | None = None
+) -> Float[Tensor, "1 N D"]:
     """The square grid in the last rows of a position table, bicubic to `grid`; leading rows (class token) are dropped.
 
     Half-pixel centres. Without antialias as mmseg's `resize_pos_embed`, with it as DINOv2 with registers; even where
-    nothing shrinks, the two have other weights.
+    nothing shrinks, the two have other weights. `offset`: the grid is taken for so much larger, and is resized to even where
+    it is the table's own, as DINO and DINOv2 without registers do with 0.1.
     """
     side = int(table.shape[1] ** 0.5)
     square = table[:, table.shape[1] - side * side :]
-    if grid == (side, side):
+    if grid == (side, side) and offset is None:
         return square
     maps = square.transpose(1, 2).reshape(1, -1, side, side)
-    maps = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    if offset is None:
+        maps = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    else:
+        factors = [(length + offset) / side for length in grid]
+        maps = F.interpolate(maps, scale_factor=factors, mode="bicubic", align_corners=False, antialias=antialias)
     return maps.flatten(2).transpose(1, 2)
 
 
@@ -66,7 +73,8 @@ class TimmViT(Trunk, Resizable):
     `layer_scale`: what the scales of its branches begin with; it adds them where the model has none. None: the model's,
     which are 1e-5 in DINOv2 and DINOv3 and for pretrained weights only. `class_token`: whether it and the registers lead the
     patches through the blocks, or are embedded and dropped as SegViT does; None: where there are registers; "absent": the
-    token is no parameter, and the position table has no row for it, as in ViT-Adapter. `windowed`: blocks whose patches look
+    class token is no parameter, and the position table has no row for it, as in ViT-Adapter; registers lead the patches then.
+    `interpolate_offset`: see `resize_positions`; 0.1 is DINOv2's own. `windowed`: blocks whose patches look
     only at those of their window of `window` x `window` patches, which is filled up with zeros at the border. `zoom`: in
     training the coordinates of DINOv3's patches are multiplied by a factor drawn log-uniformly from 1/zoom..zoom for every
     batch, as its own training does with 2; None: never.
@@ -86,6 +94,7 @@ class TimmViT(Trunk, Resizable):
         norm_eps: float | None = None,
         layer_scale: float | None = None,
         class_token: bool | Literal["absent"] | None = None,
+        interpolate_offset: float | None = None,
         window: int | None = None,
         windowed: tuple[int, ...] = (),
         zoom: float | None = None,
@@ -121,9 +130,12 @@ class TimmViT(Trunk, Resizable):
         if not final_norm:
             self.vit.norm = nn.Identity()
         registers = self.vit.reg_token is not None
-        if class_token == "absent" and (registers or self.rotary):
-            raise ValueError(f"class_token absent: '{model}' has registers after it; leave the key out")
-        self.antialias = registers
+        if class_token == "absent" and self.rotary:
+            raise ValueError(f"class_token absent: '{model}' turns what follows its class token; leave the key out")
+        if interpolate_offset is not None and self.vit.pos_embed is None:
+            raise ValueError(f"interpolate_offset: '{model}' has no position table to resize; leave the key out")
+        self.interpolate_offset = interpolate_offset
+        self.antialias = registers and interpolate_offset is None
         if pretrained:
             # Scales that the model has not begin as they were told to.
             scales = {name: tensor for name, tensor in self.vit.state_dict().items() if name.endswith(".gamma")}
@@ -140,7 +152,7 @@ class TimmViT(Trunk, Resizable):
         self.width = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
         self.patch = self.vit.patch_embed.patch_size[0]
-        leading = registers if class_token is None else class_token is True
+        leading = registers if class_token in (None, "absent") else class_token is True
         if self.rotary and not leading:
             raise ValueError(
                 f"class_token false: '{model}' turns what follows its class token and registers; keep them"
@@ -162,7 +174,7 @@ class TimmViT(Trunk, Resizable):
         grid = (maps.shape[-2], maps.shape[-1])
         patches = maps.flatten(2).transpose(1, 2)
         table: Tensor | None = self.vit.pos_embed
-        positions = None if table is None else resize_positions(table, grid, self.antialias)
+        positions = None if table is None else resize_positions(table, grid, self.antialias, self.interpolate_offset)
         special = [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
         if self.prefix:
             leading = torch.cat(special, 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
-from maskfirst.convert import beit, eomt, mask2former, segvit, strangers, vit, vit_adapter
+from maskfirst.convert import beit, eomt, mask2former, segvit, strangers, uni_perceiver, vit, vit_adapter, vit_p
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
 from maskfirst.errors import UserError, listed
@@ -82,9 +82,17 @@ ORIGINS: tuple[Whole | Part, ...] = (
         mask2former.plan,
         mask2former.rules,
     ),
+    Whole("ViT-P", vit_p.recognises, lambda tensors: str(vit_p.facts(tensors)), vit_p.plan, vit_p.rules),
     Part("a ViT of mmseg's", vit.is_mmseg, _TRUNK, vit.MMSEG.build, lambda keys: vit.mmseg_rules(True), _SCALES),
     Part("a ViT of AugReg's (JAX)", vit.is_jax, _TRUNK, vit.JAX.build, lambda keys: vit.jax_rules(), _SCALES),
     Part("a BEiT", beit.recognises, _TRUNK, beit.build, beit.rules),
+    Part(
+        "a Uni-Perceiver",
+        uni_perceiver.recognises,
+        _TRUNK,
+        uni_perceiver.build,
+        lambda keys: uni_perceiver.rules(),
+    ),
     Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, lambda keys: vit.timm_rules(), _SCALES),
 )
 """The first that recognises a checkpoint's keys counts."""

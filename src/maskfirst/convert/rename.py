@@ -37,10 +37,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Copy:
-    """One foreign tensor, which several places share there, becomes each of the keys `to`."""
+    """One foreign tensor, which several places share there, becomes each of the keys `to`, brought there by its `turns`."""
 
     match: str
     to: tuple[Template, ...]
+    turns: tuple[Callable[[Tensor], Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,17 +212,18 @@ def _filled(template: Template, match: re.Match[str]) -> str:
 
 def _made(rule: Move | Split | Copy | Join, tensor: Tensor) -> tuple[Tensor, ...] | None:
     """The tensor as its rule wants it, in pieces of their own memory; None where its shape does not allow that."""
-    if isinstance(rule, Copy):
+    if isinstance(rule, Copy) and not rule.turns:
         return tuple(tensor.clone() for _ in rule.to)
     if isinstance(rule, Split):
         count = len(rule.to)
         if tensor.ndim == 0 or tensor.shape[0] % count:
             return None
         return tuple(piece.clone() for piece in tensor.chunk(count))
-    if rule.turn is None:
+    turns = rule.turns if isinstance(rule, Copy) else () if rule.turn is None else (rule.turn,)
+    if not turns:
         return (tensor,)
     try:
-        return (rule.turn(tensor).contiguous(),)
+        return tuple(turn(tensor).contiguous() for turn in turns)
     except (RuntimeError, IndexError):
         return None
 

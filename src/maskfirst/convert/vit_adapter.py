@@ -1,4 +1,4 @@
-"""ViT-Adapter's released checkpoints: the adapter, the plain ViT or BEiT within it, BEiT's pyramid without one, and the heads.
+"""ViT-Adapter's released checkpoints: the adapter, the trunk within it, BEiT's pyramid without one, and the heads.
 
 Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023.
 """
@@ -10,10 +10,9 @@ from math import isqrt
 from torch import Tensor
 
 from maskfirst import recipe as recipes
-from maskfirst.convert import mask2former, upernet
+from maskfirst.convert import mask2former, uni_perceiver, upernet
 from maskfirst.convert.mask2former import deformable, moves
 from maskfirst.convert.rename import Leave, Move, Rule, count
-from maskfirst.errors import UserError
 
 BACKBONE = "proposer.backbone."
 _KIND = r"\.(?P<kind>weight|bias)"
@@ -109,13 +108,18 @@ _DATA: Mapping[int, tuple[str, ...]] = {
     171: ("coco-stuff-10k", "coco-stuff-164k"),
     59: ("pascal-context",),
     19: ("cityscapes",),
+    6: ("potsdam",),
+    2: ("chase-db1",),
 }
 """Classes -> what has so many."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the tensors say. `side`: of the pictures that the trunk's positions are of, px. `groups`: interactions."""
+    """What the tensors say. `side`: of the pictures that the trunk's positions are of, px.
+
+    `groups`: interactions; 0 where it is BEiT's pyramid, without an adapter.
+    """
 
     head: str
     trunk: str
@@ -125,38 +129,38 @@ class Facts:
     groups: int
 
     def __str__(self) -> str:
-        trunk = {"beit": "BEiT", "vit": "ViT"}[self.trunk]
-        head = {"upernet": "UperNet", "mask2former": "Mask2Former"}[self.head]
-        return (
-            f"a ViT-Adapter of {self.groups} interactions on a {trunk} {self.width} wide, of {self.side} px, with {head} for "
-            f"{self.classes} classes"
-        )
+        adapter = f"a ViT-Adapter of {self.groups} interactions" if self.groups else "a pyramid"
+        return f"{adapter} on a {self.trunk} {self.width} wide, of {self.side} px, with {self.head} for {self.classes} classes"
 
 
 def recognises(keys: Collection[str]) -> bool:
-    """Whether these are the keys of a whole segmenter on ViT-Adapter's backbone."""
-    return "backbone.spm.stem.0.weight" in keys and any(key.startswith("decode_head.") for key in keys)
+    """Whether these are the keys of a whole segmenter on ViT-Adapter's backbone, or on BEiT's pyramid without one."""
+    backbone = "backbone.spm.stem.0.weight" in keys or {"backbone.cls_token", "backbone.fpn1.0.weight"} <= set(keys)
+    return backbone and any(key.startswith("decode_head.") for key in keys)
+
+
+def _trunk(keys: Collection[str]) -> str:
+    if f"backbone.{uni_perceiver.KERNEL}" in keys:
+        return "Uni-Perceiver"
+    return "BEiT" if "backbone.cls_token" in keys else "ViT"
 
 
 def facts(tensors: Mapping[str, Tensor]) -> Facts:
-    """Read from shapes. Raises LookupError where a key or an axis that all have is missing, UserError for other trunks."""
-    if any(key.startswith("backbone.visual_embed.") for key in tensors):
-        raise UserError("a ViT-Adapter on Uni-Perceiver, a trunk that is not among ours")
-    trunk = "beit" if "backbone.cls_token" in tensors else "vit"
-    if trunk == "beit":
+    """Read from shapes. Raises LookupError where a key or an axis that all have is missing."""
+    trunk, kernel = _trunk(tensors), "backbone.patch_embed.proj.weight"
+    if trunk == "Uni-Perceiver":
+        kernel = f"backbone.{uni_perceiver.KERNEL}"
+        side = isqrt(tensors[f"backbone.{uni_perceiver.PLACES}"].shape[0])
+    elif trunk == "BEiT":
         rows = len(tensors["backbone.blocks.0.attn.relative_position_bias_table"])
         side = (isqrt(rows - 3) + 1) // 2
     else:
         side = isqrt(tensors["backbone.pos_embed"].shape[1] - 1)
-    head = "mask2former" if "decode_head.cls_embed.weight" in tensors else "upernet"
-    classes = (
-        len(tensors["decode_head.cls_embed.weight"]) - 1
-        if head == "mask2former"
-        else len(tensors["decode_head.conv_seg.weight"])
-    )
-    patch = tensors["backbone.patch_embed.proj.weight"].shape[-1]
+    masks = "decode_head.cls_embed.weight" in tensors
+    classes = len(tensors["decode_head.cls_embed.weight"]) - 1 if masks else len(tensors["decode_head.conv_seg.weight"])
+    width, patch = tensors[kernel].shape[0], tensors[kernel].shape[-1]
     groups = count(tensors, r"backbone\.interactions\.(\d+)\..*")
-    return Facts(head, trunk, side * patch, tensors["backbone.level_embed"].shape[1], classes, groups)
+    return Facts("Mask2Former" if masks else "UperNet", trunk, side * patch, width, classes, groups)
 
 
 def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
@@ -166,18 +170,26 @@ def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
     ViTs of DeiT and AugReg. The first of each then counts, unless the file has the other's name.
     """
     found = facts(tensors)
-    trunk = "beit" if found.trunk == "beit" else "deit" if found.side == 224 else "augreg"
+    plain = "deit" if found.side == 224 else "augreg"
+    trunk = f"{'adapter-' if found.groups else ''}{plain if found.trunk == 'ViT' else found.trunk.lower()}"
     size = _SIZES.get(found.width, "") + ("-light" if found.groups == 1 else "")
     for data in _DATA.get(found.classes, ()):
-        for name in (f"adapter-{trunk}-{size}-{found.head}-{data}{end}" for end in ("", f"-{found.side}")):
-            # The recipes of plain ViTs are all for one size of picture, and that of their positions is the trunk's own.
-            if name in recipes.names() and (found.trunk == "vit" or recipes.load(name).tree["size"][0] == found.side):
+        for name in (f"{trunk}-{size}-{found.head.lower()}-{data}{end}" for end in ("", f"-{found.side}")):
+            # BEiT's positions are of the pictures of its recipe, those of other trunks of the ones they were pretrained on.
+            if name in recipes.names() and (found.trunk != "BEiT" or recipes.load(name).tree["size"][0] == found.side):
                 return name, ()
     return None
 
 
 def rules(keys: Collection[str]) -> list[Rule]:
-    """From the keys of a whole checkpoint to those of a Segmenter of `upernet` or `mask2former` on an `adapter`."""
-    trunk = beit_trunk() if "backbone.cls_token" in keys else plain_trunk()
+    """From the keys of a whole checkpoint to those of a Segmenter of `upernet` or `mask2former` on its backbone."""
     head = mask2former.mmseg_head() if "decode_head.cls_embed.weight" in keys else upernet.rules()
-    return [*adapter(), *trunk, *head]
+    if not any(key.startswith("backbone.interactions.") for key in keys):
+        return [*beit_pyramid(), *head]
+    trunk = f"{BACKBONE}trunk."
+    within = {
+        "BEiT": beit_trunk(trunk),
+        "Uni-Perceiver": uni_perceiver.rules("backbone.", trunk),
+        "ViT": plain_trunk(trunk),
+    }
+    return [*adapter(), *within[_trunk(keys)], *head]

@@ -26,6 +26,7 @@ class Fixed(Criterion):
     """
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "fixed"}
+    trains_void: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class Matched(Criterion):
     """
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "set", "points": 64}
+    trains_void: ClassVar[bool] = True
 
     def __init__(
         self,

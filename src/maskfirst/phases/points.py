@@ -14,6 +14,7 @@ from maskfirst.contracts import Phase, PointNamer, Turns
 from maskfirst.data.points import draw
 from maskfirst.errors import UserError, listed
 from maskfirst.frames import Frame
+from maskfirst.ops.cpu import fast_on_cpu
 from maskfirst.optim import parameter_groups
 from maskfirst.phase import Trained
 from maskfirst.segmenter import Segmenter
@@ -82,7 +83,8 @@ class PointPhase(Phase):
         if batch.points is None or batch.point_classes is None:
             raise ValueError("phase points needs a batch with points and their classes")
         sides = torch.tensor(self.namer.size, device=batch.points.device)
-        logits = self.namer.classify(batch.pixels, 2 * batch.points / sides - 1)
+        with fast_on_cpu():
+            logits = self.namer.classify(batch.pixels, 2 * batch.points / sides - 1)
         classes = batch.point_classes.flatten()
         # A sum over those left, and not torch's mean, which is NaN where none is.
         total = F.cross_entropy(logits.flatten(0, 1), classes, ignore_index=VOID, reduction="sum")
