@@ -104,8 +104,8 @@ def check(
     source: str,
     trusted: bool = True,
 ) -> None:
-    """Raises RecipeError for what `construct` would find wrong with the keys and types of a node, but does not build it."""
-    _Builder(menus, given or {}, source, trusted, {}).prepare(node, wanted, where)
+    """Raises RecipeError for what `construct` would find wrong with the keys and types of a node, but builds nothing."""
+    _Checker(menus, given or {}, source, trusted, {}).prepare(node, wanted, where)
 
 
 def check_keys(node: Any, known: Sequence[str], where: str, source: str) -> None:
@@ -257,6 +257,13 @@ class _Builder:
 
     def _error(self, where: str, message: str) -> RecipeError:
         return RecipeError(f"{_place(self.source, where)}{message}")
+
+
+class _Checker(_Builder):
+    """Looks at parts inside of a part, too, without building them."""
+
+    def _part(self, node: Any, wanted: type, where: str) -> None:
+        self.prepare(node, wanted, where)
 
 
 def import_class(path: str) -> type:

@@ -3,6 +3,7 @@
 "The Missing Point in Vision Transformers for Universal Image Segmentation", 2025 (arXiv 2505.19795).
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,4 @@ def rules(keys: Collection[str]) -> Sequence[Rule]:
 
 
 def _plain(key: str) -> str:
-    for before in ("teacher.", "module.", "backbone."):
-        key = key.replace(before, "")
-    return key
+    return re.sub(rf"^{_BEFORE}", "", key)

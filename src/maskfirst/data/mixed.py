@@ -1,5 +1,6 @@
 """Mixed: several data sets of one vocabulary as one, each seen as often in an epoch as its weight says."""
 
+import math
 from collections.abc import Sequence
 
 from maskfirst.contracts import Dataset
@@ -30,9 +31,11 @@ class Mixed(Dataset):
         self.vocabulary = parts[0].vocabulary
         self.table: list[tuple[int, int]] = []
         for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-            count = round(weight * len(part)) if weight > 0 else 0
+            count = round(weight * len(part)) if 0 < weight < math.inf else 0
             if not count:
-                raise DataError(f"weights[{index}]: {weight:g} leaves nothing of {len(part)} samples; take more or drop it")
+                raise DataError(
+                    f"weights[{index}]: {weight:g} leaves nothing of {len(part)} samples; take a number above 0, or drop it"
+                )
             self.table += [(index, place * len(part) // count) for place in range(count)]
 
     def __len__(self) -> int:

@@ -31,9 +31,9 @@ class PointsCSV(Annotated):
         radius: int = 0,
         limit: int | None = None,
     ) -> None:
-        """`points`: a CSV file in `root`, whose first line names the columns image, y, x and class: a path in the folder `images`,
-        a place in px, (0, 0) being the centre of the first pixel, rounded, and a name. `radius`: px around a point that count as
-        it. `vocabulary`: as of Folder. `limit`: use so many pictures. Raises DataError or VocabularyError.
+        """`points`: a CSV file in `root`, whose first line names the columns image, y, x and class: a path in the folder
+        `images`, a place in px, (0, 0) being the centre of the first pixel, rounded, and a name. `radius`: px around a point
+        that count as it. `vocabulary`: as of Folder. `limit`: use so many pictures. Raises DataError or VocabularyError.
         """
         place = Path(root)
         inside = folder(place, images.replace("{split}", split))

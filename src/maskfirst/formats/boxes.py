@@ -57,7 +57,9 @@ class BoxTable:
     pictures are read, what is odd but can mean one thing only.
     """
 
-    def __init__(self, path: Path | str, vocabulary: Vocabulary, names: Mapping[Key, str], sizes: Mapping[Key, Size]) -> None:
+    def __init__(
+        self, path: Path | str, vocabulary: Vocabulary, names: Mapping[Key, str], sizes: Mapping[Key, Size]
+    ) -> None:
         self.path, self.vocabulary, self.names, self.sizes = Path(path), vocabulary, names, sizes
         self.warnings: Counter[str] = Counter()
         self._places = {key: array("q") for key in names}
