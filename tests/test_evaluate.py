@@ -92,6 +92,7 @@ class Reader(Threshold):
         *,
         augment: bool = False,
         truth: Segments | None = None,
+        key: str = "",
     ) -> Segments:
         assert truth is not None
         things = truth.classes == 1

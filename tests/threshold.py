@@ -28,6 +28,7 @@ class Threshold(Segmenter):
         *,
         augment: bool = False,
         truth: Segments | None = None,
+        key: str = "",
     ) -> Segments:
         self.calls.append({"task": task, "augment": augment, "truth": truth})
         brightness = image.float().mean(0)
