@@ -323,7 +323,8 @@ def test_a_recipe_inside_of_weights_is_not_trusted(saved: Path, tmp_path: Path) 
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     misspelt = with_tree(TREE | {"namer": {"kind": "class_haed"}})
     assert message(build.load, misspelt, kind=RecipeError) == (
-        f"{misspelt}: namer: unknown kind 'class_haed'. Did you mean 'class_head'? Known: blend, class_head, given, oracle, vit_p."
+        f"{misspelt}: namer: unknown kind 'class_haed'. Did you mean 'class_head'? "
+        "Known: blend, class_head, given, oracle, vit_p."
     )
 
 
