@@ -88,7 +88,7 @@ class BoxTable:
         corners = np.concatenate([told[:, :2], told[:, :2] + told[:, 2:]], 1)
         limits = np.array([size[1], size[0]] * 2, np.float64)
         cut = np.rint(corners).clip(0, limits)
-        kept = (cut[:, 2:] > cut[:, :2]).all(1)
+        kept = np.asarray((cut[:, 2:] > cut[:, :2]).all(1))
         # More than one px beyond the picture; less is rounding.
         leaving = kept & ((corners < -1) | (corners > limits + 1)).any(1)
         if leaving.any():
