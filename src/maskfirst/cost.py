@@ -271,7 +271,7 @@ class _Fakes:
 
 
 @contextmanager
-def _matched_in_order(criterion: Criterion) -> Iterator[None]:
+def _matched_in_order(criterion: Criterion | None) -> Iterator[None]:
     """The n-th proposal matched to the n-th segment inside the block, as costs without data cannot be compared."""
     if not isinstance(criterion, Matched):
         yield
