@@ -187,8 +187,10 @@ def training_memory(segmenter: Segmenter, size: Size, present: int = 10) -> Memo
     trained = sum(parameters[name] for name, parameter in segmenter.named_parameters() if parameter.requires_grad)
     fakes = _Fakes(segmenter)
     batch = fakes.batch(size, min(present, len(segmenter.vocabulary)))
+    # Where a phase has losses of its own they are left out, being few numbers beside what the network keeps.
+    run = segmenter if segmenter.criterion is None else _Losses(segmenter)
     with _mode(segmenter, training=True), _matched_in_order(segmenter.criterion), torch.enable_grad():
-        kept = saved_bytes(lambda: fakes.call(_Losses(segmenter), batch), fakes.tensors.values())
+        kept = saved_bytes(lambda: fakes.call(run, batch), fakes.tensors.values())
     return Memory(kept, sum(parameters.values()), trained, 2 * trained)
 
 
