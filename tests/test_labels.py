@@ -77,6 +77,16 @@ def test_tables_without_a_column_or_a_point_are_told(tmp_path: Path) -> None:
         PointsCSV(str(table(tmp_path)), vocabulary=NAMES)
 
 
+def test_a_table_that_is_no_text_or_not_there_is_told(tmp_path: Path) -> None:
+    path = table(tmp_path) / "points_train.csv"
+    path.write_bytes(b"image,y,x,class\n\xff\xfe\n")
+    with pytest.raises(DataError, match=r"points_train\.csv: cannot be read as CSV"):
+        PointsCSV(str(tmp_path), vocabulary=NAMES)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read as CSV: No such file"):
+        PointsCSV(str(tmp_path), vocabulary=NAMES)
+
+
 # Objects365
 
 
@@ -112,6 +122,11 @@ def test_samples_files_tell_boxes_and_no_names(tmp_path: Path) -> None:
 def test_wrong_samples_are_told_with_their_place(tmp_path: Path, annotations: Any, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         Objects365(str(samples(tmp_path, annotations)))
+
+
+def test_a_picture_outside_of_the_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"file_name '\.\./1\.jpg' leads out of the folder"):
+        Objects365(str(samples(tmp_path, [{"bbox": [0, 0, 2, 2], "category_id": 1}], "../1.jpg")))
 
 
 def test_the_form_of_coco_is_read_with_its_own_names(tmp_path: Path) -> None:
