@@ -257,7 +257,7 @@ def test_reading_hides_behind_the_model(tmp_path, monkeypatch):
     seen = iter(range(count))
 
     class Patient(Threshold):
-        def predict(self, image, task="semantic", *, augment=False, truth=None):
+        def predict(self, image, task="semantic", *, augment=False, truth=None, key=""):
             behind = begun[min(next(seen) + 1, count - 1)]
             assert behind.wait(60), "the next picture is not read before this one is done"
             return super().predict(image, task, augment=augment, truth=truth)
@@ -297,7 +297,7 @@ def test_ahead_stops_reading_when_the_caller_does():
 
 def test_a_bug_in_the_model_is_no_failed_file(tmp_path):
     class Broken(Threshold):
-        def predict(self, image, task="semantic", *, augment=False, truth=None):
+        def predict(self, image, task="semantic", *, augment=False, truth=None, key=""):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
@@ -307,7 +307,7 @@ def test_a_bug_in_the_model_is_no_failed_file(tmp_path):
 class Scene(Threshold):
     """Answers any picture with a bright square over a dark ground, and a faint bright copy of half of it."""
 
-    def predict(self, image, task="semantic", *, augment=False, truth=None):
+    def predict(self, image, task="semantic", *, augment=False, truth=None, key=""):
         super().predict(image, task, augment=augment, truth=truth)
         masks = torch.zeros(3, *image.shape[1:], dtype=torch.bool)
         masks[0] = True

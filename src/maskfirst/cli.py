@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from maskfirst.build import Experiment
-    from maskfirst.contracts import Dataset
+    from maskfirst.contracts import Dataset, Proposer
     from maskfirst.cost import Cost
     from maskfirst.data.check import Report
+    from maskfirst.evaluate import Evaluation
     from maskfirst.segmenter import Segmenter
     from maskfirst.types import Vocabulary
 
@@ -92,6 +93,24 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Import classes of your own that the weights name, package.module:Class.")
 ]
 Boundary = Annotated[bool, typer.Option("--boundary", help="Score label maps along borders, too: boundary IoU.")]
+Masks = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="Name these masks, of whatever tool: COCO instance or panoptic JSON, a folder of .npz or PNG. "
+        "The weights need a namer of points.",
+    ),
+]
+Blend = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="0..1",
+        help="The share of the names by points, the rest being those that the masks had before: 0.4 by default with "
+        "--namer, 1 with --masks.",
+    ),
+]
 Tta = Annotated[bool, typer.Option("--tta", help="Average over the scales and flips of the recipe's `inference`.")]
 
 
@@ -151,8 +170,19 @@ def evaluate(
     boundary: Boundary = False,
     tta: Tta = False,
     trust: Trust = False,
+    masks: Masks = None,
     proposer: Annotated[Oracle | None, typer.Option(help="Take the true masks: measures the names alone.")] = None,
-    namer: Annotated[Oracle | None, typer.Option(help="Take the true names: measures the masks alone.")] = None,
+    namer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="oracle|WEIGHTS",
+            help="Take the true names: measures the masks alone. Or blend in names by the points of these weights.",
+        ),
+    ] = None,
+    blend: Blend = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Score all masks at hand under all names at hand, the true ones with them.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.json and pictures of the ten worst.")] = None,
     devices: Devices = 1,
     precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
@@ -160,45 +190,57 @@ def evaluate(
 ) -> None:
     """Score a model against the truth of a data set, class by class."""
     from maskfirst import build, ranks
+    from maskfirst.compose import matrix as compose_matrix
     from maskfirst.evaluate import evaluate
     from maskfirst.files import write_json
     from maskfirst.namers.oracle import OracleNamer
-    from maskfirst.proposers.oracle import OracleProposer
     from maskfirst.weights import require_same_vocabulary
 
     segmenter = build.load(weights, trusted=trust)
     experiment = _of_weights(weights, changes, trust) if data is None else _experiment(data, changes)
     dataset = experiment.dataset(split.value)
     require_same_vocabulary(segmenter.vocabulary, dataset.vocabulary, f"{experiment.recipe.source}: data.{split}")
-    if proposer is not None:
-        segmenter.proposer = OracleProposer(segmenter.vocabulary)
-    if namer is not None:
+    if matrix and (proposer is not None or namer == Oracle.oracle):
+        raise UserError("--matrix has the oracles already; leave --proposer oracle and --namer oracle out")
+    names = None if namer in (None, Oracle.oracle) else namer
+    saved = None if masks is None else _saved(masks, segmenter)
+    segmenter = _composed(segmenter, None if matrix else saved, proposer is not None, names, blend, trust)
+    if namer == Oracle.oracle:
         segmenter.namer = OracleNamer(segmenter.vocabulary)
+    asked = task.value if task else experiment.task
     with ranks.processes(devices, 1, precision.value) as fabric:
         chief = fabric.global_rank == 0
-        with _bar("evaluating", chief) as advance, fabric.autocast():
-            segmenter.to(fabric.device)
-            found = evaluate(
-                segmenter,
-                dataset,
-                task.value if task else experiment.task,
-                augment=tta,
-                rank=fabric.global_rank,
-                world=fabric.world_size,
-                gather=ranks.gather,
-                progress=advance,
-                worst_dir=None if out is None else out / "worst",
-                boundary=boundary,
-            )
+
+        def scored(model: "Segmenter", worst: Path | None = None) -> "Evaluation":
+            with _bar("evaluating", chief) as advance, fabric.autocast():
+                return evaluate(
+                    model.to(fabric.device),
+                    dataset,
+                    asked,
+                    augment=tta,
+                    rank=fabric.global_rank,
+                    world=fabric.world_size,
+                    gather=ranks.gather,
+                    progress=advance,
+                    worst_dir=worst,
+                    boundary=boundary,
+                )
+
+        if matrix:
+            found = compose_matrix(segmenter, lambda model: scored(model).scores, blend, saved)
+            failed = []
+        else:
+            found = scored(segmenter, None if out is None else out / "worst")
+            failed = [error for _, error in found.failed]
     if not chief:
         return
     if out is not None:
-        write_json(out / "scores.json", found.as_json())
+        write_json(out / ("matrix.json" if matrix else "scores.json"), found.as_json())
     if as_json:
         _print_json(found.as_json())
     else:
         _print(found.as_table())
-    _end([error for _, error in found.failed])
+    _end(failed)
 
 
 @app.command()
@@ -277,6 +319,17 @@ def predict(
         float,
         typer.Option(min=0, max=1, help="Of instances in overlays, the summary and YOLO's files; COCO's has all."),
     ] = 0.5,
+    masks: Masks = None,
+    namer: Annotated[
+        str | None, typer.Option(metavar="WEIGHTS", help="Blend in names by the points of these weights.")
+    ] = None,
+    blend: Blend = None,
+    points: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV", help="Name these places and no masks: a table of image, y, x in px. Needs a namer of points."
+        ),
+    ] = None,
     tta: Tta = False,
     trust: Trust = False,
     overlays: Annotated[bool, typer.Option(help="Paint the segments over the pictures, too.")] = True,
@@ -295,13 +348,26 @@ def predict(
 
     from maskfirst import build
     from maskfirst.predict import predict_files
+    from maskfirst.predict_points import predict_points
 
     chosen, paths = _weights_and_paths(arguments, weights)
     # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     segmenter = build.load(chosen, device, trust)
+    saved = None if masks is None else _saved(masks, segmenter)
+    segmenter = _composed(segmenter, saved, False, namer, blend, trust).to(device)
     painted = None if colors is None else _colors(segmenter.vocabulary, colors)
     low = torch.autocast(device, torch.bfloat16, enabled=precision is Precision.bf16)
+    if points is not None:
+        with _bar("naming", True) as advance, low:
+            summary = predict_points(segmenter, paths, points, out, overlays, progress=advance)
+        if as_json:
+            _print_json(summary.as_json())
+        else:
+            count = sum(each["points"] for each in summary.images)
+            print(f"{count} points in {len(summary.images)} pictures named with {chosen}; see {out / 'points.csv'}")
+        _end([each["error"] for each in summary.failed])
+        return
     with _bar("predicting", True) as advance, low:
         summary = predict_files(
             segmenter,
@@ -504,6 +570,42 @@ def _of_weights(name: str, changes: list[str] | None, trusted: bool) -> "Experim
     file = weights.read(name)
     changed = recipe.override(file.recipe, changes or [])
     return Experiment(replace(changed, trusted=trusted), file.vocabulary)
+
+
+def _saved(masks: Path, segmenter: "Segmenter") -> "Proposer":
+    """The masks of a file, whose own names count where they are to be blended in."""
+    from maskfirst.proposers.saved import Saved
+
+    return Saved(segmenter.vocabulary, str(masks))
+
+
+def _composed(
+    segmenter: "Segmenter",
+    saved: "Proposer | None",
+    true_masks: bool,
+    names: str | None,
+    blend: float | None,
+    trust: bool,
+) -> "Segmenter":
+    """The model with the masks and names that the options of `evaluate` and `predict` ask for."""
+    from maskfirst import build
+    from maskfirst.compose import WEIGHT, with_masks, with_names
+    from maskfirst.proposers.oracle import OracleProposer
+    from maskfirst.weights import require_same_vocabulary
+
+    if names is not None:
+        other = build.load(names, segmenter.device, trust)
+        require_same_vocabulary(segmenter.vocabulary, other.vocabulary, names)
+        segmenter = with_names(segmenter, other, WEIGHT if blend is None else blend)
+    elif blend is not None and saved is None:
+        segmenter = with_names(segmenter, segmenter, blend)
+    if saved is not None:
+        return with_masks(segmenter, saved, blend)
+    if true_masks and segmenter.point_namer is not None:
+        return with_masks(segmenter, OracleProposer(segmenter.vocabulary))
+    if true_masks:
+        segmenter.proposer = OracleProposer(segmenter.vocabulary)
+    return segmenter
 
 
 def _names_weights(text: str) -> bool:

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from maskfirst.errors import UserError
 from maskfirst.frames import Size
 from maskfirst.types import Batch, Names, Proposals, Sample, Segments, Vocabulary, collate
 
@@ -100,6 +102,10 @@ class Proposer(nn.Module, ABC):
         return {}
 
 
+class NoNamesError(UserError):
+    """A namer's: these proposals come without that by which it names, whatever the picture."""
+
+
 class Namer(nn.Module, ABC):
     """Names the masks it is given, from their queries, the image, or both."""
 
@@ -110,7 +116,7 @@ class Namer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
-        """One row of logits a proposal."""
+        """One row of logits a proposal. Raises NoNamesError."""
 
 
 class PointNamer(Namer, ABC):
@@ -119,6 +125,11 @@ class PointNamer(Namer, ABC):
     knows_void: ClassVar[bool] = False
     size: Size
     """(height, width) px that a picture is stretched to before it is looked at."""
+
+    def stretch(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H2 W2"]:
+        """RGB 0..255 of any size as `classify` takes it."""
+        size = (self.size[0], self.size[1])
+        return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
 
     @abstractmethod
     def classify(self, pixels: Float[Tensor, "B 3 H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:

@@ -1,9 +1,9 @@
 """Pictures of segments: overlays with a legend, contact sheets, truth beside prediction, and label maps as PNG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -115,27 +115,53 @@ def caption(picture: Image.Image, found: SegmentMap, texts: Sequence[str], color
     no room is left beside the plates of larger segments there is none.
     """
     captioned = picture.copy()
-    pen = ImageDraw.Draw(captioned)
-    size = max(11, round(max(picture.size) / 50))
-    font, pad = _font(size), math.ceil(size / 5)
+    plates = _Plates(captioned)
     areas, boxes, ids = found.areas.tolist(), found.boxes.tolist(), found.ids.numpy()
-    taken: list[tuple[int, int, int, int]] = []
     for index in sorted(range(len(found)), key=lambda index: -areas[index]):
-        if not areas[index]:
-            continue
-        text = _shortened(texts[index], font, picture.width - 2 * pad)
-        width, height = math.ceil(font.getlength(text)) + 2 * pad, math.ceil(1.2 * size) + pad
-        plate = _free(_places(ids, index, boxes[index], (width, height)), (width, height), picture.size, taken)
+        if areas[index]:
+            plates.add(texts[index], colors[index], partial(_places, ids, index, boxes[index]))
+    return captioned
+
+
+def mark(
+    picture: Image.Image, points: Sequence[tuple[float, float]], texts: Sequence[str], colors: Sequence[Color]
+) -> Image.Image:
+    """The picture with a dot at every point, (y, x) px, and, where there is room, a plate of its text. A new picture."""
+    marked = picture.copy()
+    pen, plates = ImageDraw.Draw(marked), _Plates(marked)
+    radius = max(3, round(max(picture.size) / 200))
+    for (y, x), color in zip(points, colors, strict=True):
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color, outline=PAPER)
+        plates.taken.append((round(x - radius), round(y - radius), round(x + radius) + 1, round(y + radius) + 1))
+    for (y, x), text, color in zip(points, texts, colors, strict=True):
+        plates.add(text, color, partial(_around, y, x, radius))
+    return marked
+
+
+class _Plates:
+    """Plates of text on a picture, none of which covers another."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        self.picture, self.pen = picture, ImageDraw.Draw(picture)
+        self.size = max(11, round(max(picture.size) / 50))
+        self.font, self.pad = _font(self.size), math.ceil(self.size / 5)
+        self.taken: list[tuple[int, int, int, int]] = []
+
+    def add(self, text: str, color: Color, places: Callable[[tuple[int, int]], Sequence[tuple[float, float]]]) -> None:
+        """One in the first free one of the `places` for its (width, height) px; none where no room is left."""
+        text = _shortened(text, self.font, self.picture.width - 2 * self.pad)
+        size = math.ceil(self.font.getlength(text)) + 2 * self.pad, math.ceil(1.2 * self.size) + self.pad
+        plate = _free(places(size), size, self.picture.size, self.taken)
         if plate is None:
-            continue
-        taken.append(plate)
+            return
+        self.taken.append(plate)
         left, top, right, bottom = plate
-        red, green, blue = colors[index]
-        pen.rounded_rectangle((left, top, right - 1, bottom - 1), pad, fill=colors[index])
+        red, green, blue = color
+        self.pen.rounded_rectangle((left, top, right - 1, bottom - 1), self.pad, fill=color)
         # The eye sees green brightest; weights of ITU-R BT.601.
         bright = 0.299 * red + 0.587 * green + 0.114 * blue > 140
-        pen.text(((left + right) / 2, (top + bottom) / 2), text, fill=INK if bright else PAPER, font=font, anchor="mm")
-    return captioned
+        middle = (left + right) / 2, (top + bottom) / 2
+        self.pen.text(middle, text, fill=INK if bright else PAPER, font=self.font, anchor="mm")
 
 
 def legend(
@@ -303,6 +329,14 @@ def _places(
     thickest = (left + (x.item() - 0.5) * step, top + (y.item() - 0.5) * step)
     beside = [(thickest[0], thickest[1] + way * (height + 1)) for way in (1, -1, 2, -2)]
     return [thickest, *beside, *outside]
+
+
+def _around(y: float, x: float, radius: int, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """Where the middle (x, y) of a plate of `size` (width, height) px may lie for a dot, the best first."""
+    width, height = size
+    away = radius + 2
+    across, along = away + width / 2, away + height / 2
+    return [(x + across, y), (x - across, y), (x, y - along), (x, y + along)]
 
 
 def _free(

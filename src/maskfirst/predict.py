@@ -60,6 +60,11 @@ def predict_files(
     A file that cannot be read is listed in the summary's `failed`; the rest is done.
     Raises UserError where there is nothing to read or the task is not the model's, DiskError where `out` cannot be written.
     """
+    if segmenter.uses_truth:
+        raise UserError(
+            "this model is told the masks, and finds none: give masks of a file (--masks), places (--points), or another model "
+            "whose names these weights should better (predict OTHER --namer THESE)"
+        )
     out = Path(out)
     found = find_pictures(paths, [out / folder for folder in ("labels", "panoptic", "overlays")])
     vocabulary = segmenter.vocabulary if colors is None else replace(segmenter.vocabulary, colors=tuple(colors))
@@ -84,7 +89,7 @@ def predict_files(
                 summary.failed.append({"file": str(each.file), "error": str(error)})
             else:
                 # Reduced here, so that no masks wait in the queue.
-                answer = output.reduced(segmenter.predict(image, task, augment=augment))
+                answer = output.reduced(segmenter.predict(image, task, augment=augment, key=each.name))
                 job = pool.submit(writer.write, each, image, answer)
                 written[each] = job
                 waiting.append(job)

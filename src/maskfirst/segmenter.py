@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from maskfirst import finite, rows, tasks
-from maskfirst.contracts import Criterion, Namer, Proposer
+from maskfirst.contracts import Criterion, Namer, PointNamer, Proposer
 from maskfirst.errors import UserError
 from maskfirst.frames import Fit, Frame, Size
 from maskfirst.ops.cpu import fast_on_cpu
@@ -108,6 +108,11 @@ class Segmenter(nn.Module):
         """Whether `predict` must be given the truth (oracles)."""
         return self.proposer.uses_truth or self.namer.uses_truth
 
+    @property
+    def point_namer(self) -> PointNamer | None:
+        """Its namer of points, on its own or in a blend."""
+        return next((module for module in self.namer.modules() if isinstance(module, PointNamer)), None)
+
     def forward(self, batch: Batch) -> tuple[Proposals, Names]:
         with fast_on_cpu():
             proposals = self.proposer(batch)
@@ -163,6 +168,33 @@ class Segmenter(nn.Module):
         proposals, names = self._seen(frame.resized(image.to(self.device)), [frame], task, truth, key)
         given = (proposals, names, 0, self.vocabulary, frame, settings.thresholds, settings.strip)
         return (tasks.panoptic(*given).segments if task == "panoptic" else tasks.instance(*given)).to("cpu")
+
+    @torch.inference_mode()
+    def name_points(self, image: UInt8[Tensor, "3 H W"], points: Float[Tensor, "P 2"]) -> Float[Tensor, "P K"]:
+        """P of every name, 0..1, at `points`: (y, x) px of one RGB picture, whose first pixel has its centre at (0, 0).
+
+        On the CPU. Raises UserError where no namer of points is in the model, or where a point is none of the picture.
+        """
+        namer = self.point_namer
+        if namer is None:
+            raise UserError(
+                f"namer {self.namer.example['kind']} names masks, not points; take weights of a vit-p recipe"
+            )
+        sides = points.new_tensor(image.shape[-2:])
+        outside = ~((points > -0.5) & (points < sides - 0.5)).all(1)
+        if outside.any():
+            y, x = points[outside.nonzero()[0, 0]].tolist()
+            raise UserError(
+                f"point y {y:g}, x {x:g} is none of the picture, which has {image.shape[-2]} rows and {image.shape[-1]} columns"
+            )
+        if not len(points):
+            return torch.zeros(0, len(self.vocabulary))
+        seen = namer.stretch(image[None].to(self.device).float())
+        with fast_on_cpu():
+            logits = namer.classify(seen, (2 * points / sides - 1)[None].to(seen))
+        if finite.has_nan((logits,)):
+            raise UserError("the names of points are NaN: the weights are damaged, or numbers were too large for bf16")
+        return logits[0].float().softmax(-1).cpu()
 
     @torch.inference_mode()
     def scores(

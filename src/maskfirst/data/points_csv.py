@@ -1,9 +1,7 @@
 """Points in a table: pictures of which single places have been named, one a line, as clicks or field notes give them."""
 
-import csv
-import math
-from collections import Counter, defaultdict
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -12,10 +10,9 @@ from maskfirst.data.coding import DataError
 from maskfirst.data.folder import folder
 from maskfirst.data.vocabulary import from_names, load, of_folder
 from maskfirst.errors import nearest
+from maskfirst.formats import points as tables
 from maskfirst.formats.boxes import Boxes
 from maskfirst.frames import Size
-
-COLUMNS = ("image", "y", "x", "class")
 
 
 class PointsCSV(Annotated):
@@ -33,7 +30,7 @@ class PointsCSV(Annotated):
     ) -> None:
         """`points`: a CSV file in `root`, whose first line names the columns image, y, x and class: a path in the folder
         `images`, a place in px, (0, 0) being the centre of the first pixel, rounded, and a name. `radius`: px around a point
-        that count as it. `vocabulary`: as of Folder. `limit`: use so many pictures. Raises DataError or VocabularyError.
+        that count as it. `vocabulary`: as of Folder. `limit`: use so many pictures. Raises UserError.
         """
         place = Path(root)
         inside = folder(place, images.replace("{split}", split))
@@ -44,7 +41,11 @@ class PointsCSV(Annotated):
         else:
             words = load(vocabulary, place) if isinstance(vocabulary, str) else from_names(vocabulary)
         self.file, self.radius = place / points.replace("{split}", split), radius
-        found = _read(self.file, words.names)
+        found = tables.read(self.file, named=True)
+        for point in (point for each in found.values() for point in each):
+            if point.name not in words.names:
+                where = f"{self.file}: line {point.line}"
+                raise DataError(f"{where}: unknown class '{point.name}'.{nearest(point.name, words.names)}")
         self._points = list(found.values())
         self.warnings: Counter[str] = Counter()
         pictures = [Picture(name.with_suffix("").as_posix(), inside / name) for name in found][:limit]
@@ -52,7 +53,7 @@ class PointsCSV(Annotated):
 
     def segments(self, index: int, size: Size) -> Layers:
         corners, classes = [], []
-        for line, y, x, number in self._points[index]:
+        for line, y, x, name in self._points[index]:
             row, column = round(y), round(x)
             if not (0 <= row < size[0] and 0 <= column < size[1]):
                 raise DataError(
@@ -61,39 +62,6 @@ class PointsCSV(Annotated):
                 )
             top, left = max(row - self.radius, 0), max(column - self.radius, 0)
             corners.append([left, top, min(column + self.radius + 1, size[1]), min(row + self.radius + 1, size[0])])
-            classes.append(number)
+            classes.append(self.vocabulary.names.index(name))
         found = Boxes(torch.tensor(corners), torch.tensor(classes), torch.zeros(len(classes), dtype=torch.bool))
         return Layers.of_boxes(found, size)
-
-
-def _read(path: Path, names: tuple[str, ...]) -> dict[PurePosixPath, list[tuple[int, float, float, int]]]:
-    """(line, y, x, class) of the points of each picture. Raises DataError with the line's number."""
-    found: dict[PurePosixPath, list[tuple[int, float, float, int]]] = defaultdict(list)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                told = ", ".join(reader.fieldnames or ()) or "nothing"
-                raise DataError(
-                    f"{path}: line 1: no column '{missing[0]}'; it should name {', '.join(COLUMNS)}, and has {told}"
-                )
-            for row in reader:
-                where = f"{path}: line {reader.line_num}"
-                image, y, x, name = (row[column] or "" for column in COLUMNS)
-                picture = PurePosixPath(image.strip())
-                if not image.strip() or picture.is_absolute() or ".." in picture.parts:
-                    raise DataError(f"{where}: image '{image}' should be a path in the folder of pictures")
-                if name.strip() not in names:
-                    raise DataError(f"{where}: unknown class '{name.strip()}'.{nearest(name.strip(), names)}")
-                try:
-                    point = float(y), float(x)
-                except ValueError:
-                    point = math.nan, math.nan
-                if not all(map(math.isfinite, point)):
-                    raise DataError(f"{where}: y and x should be numbers of px, got '{y}' and '{x}'")
-                found[picture].append((reader.line_num, *point, names.index(name.strip())))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"{path}: cannot be read as CSV: {reason}") from error
-    return dict(found)

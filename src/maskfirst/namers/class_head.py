@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from maskfirst.contracts import Namer, PerClass
-from maskfirst.errors import UserError
+from maskfirst.contracts import Namer, NoNamesError, PerClass
 from maskfirst.types import Batch, Names, Proposals, Vocabulary
 
 
@@ -32,7 +31,7 @@ class ClassHead(Namer):
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         if proposals.queries is None:
-            raise UserError(
+            raise NoNamesError(
                 "namer class_head reads queries, and this proposer gives none; use `given` or a point namer"
             )
         return Names(self.linear(proposals.queries))

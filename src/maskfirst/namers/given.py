@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from maskfirst.contracts import Namer
-from maskfirst.errors import UserError
+from maskfirst.contracts import Namer, NoNamesError
 from maskfirst.types import Batch, Names, Proposals
 
 
@@ -15,5 +14,7 @@ class Given(Namer):
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         if proposals.names is None:
-            raise UserError("namer given: this proposer's masks arrive without names; use a namer such as class_head")
+            raise NoNamesError(
+                "namer given: this proposer's masks arrive without names; use a namer such as class_head"
+            )
         return proposals.names

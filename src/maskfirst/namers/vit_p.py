@@ -91,8 +91,7 @@ class ViTP(PointNamer):
     def _seen(self, pixels: Float[Tensor, "3 H W"], frame: Frame) -> Float[Tensor, "3 H2 W2"]:
         """What is looked at of a canvas, stretched."""
         height, width = frame.outer if self.with_padding else frame.visible
-        part = pixels[None, :, :height, :width]
-        return F.interpolate(part, self.size, mode="bilinear", align_corners=False, antialias=True)[0]
+        return self.stretch(pixels[None, :, :height, :width])[0]
 
     def places(self, proposals: Proposals, index: int, frame: Frame) -> Float[Tensor, "Q 2"]:
         """(y, x) of every mask's point of picture `index` in what is seen: -1 for its first row or column, 1 past its last."""
