@@ -41,7 +41,9 @@ def test_a_class_token_may_be_absent() -> None:
 
 
 def test_a_trunk_that_turns_what_follows_its_class_token_keeps_it() -> None:
-    with pytest.raises(ValueError, match="class_token absent: 'vit_small_patch16_dinov3' turns what follows its class token"):
+    with pytest.raises(
+        ValueError, match="class_token absent: 'vit_small_patch16_dinov3' turns what follows its class token"
+    ):
         TimmViT((64, 64), "vit_small_patch16_dinov3", class_token="absent", **SMALL)
 
 
