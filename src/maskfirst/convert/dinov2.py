@@ -62,6 +62,7 @@ def build(tensors: Mapping[str, Tensor]) -> TimmViT:
             heads=1,
             patch=patch,
         )
+        # Beside registers a release has a row for the class token, too, and timm's table has none.
         trunk.vit.pos_embed = nn.Parameter(torch.empty(1, rows, width))
     return trunk
 
