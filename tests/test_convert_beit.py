@@ -302,7 +302,7 @@ def keys_of(name: str, **settings: Any) -> set[str]:
         (keys_of("vit_base_patch16_224"), "a ViT of timm's"),
         (keys_of("deit_base_patch16_224"), "a ViT of timm's"),
         (keys_of("vit_base_patch16_224") | {"mask_token", "decoder_embed.weight"}, "a ViT of timm's"),
-        (keys_of("vit_small_patch14_reg4_dinov2"), "a ViT of timm's"),
+        (keys_of("vit_small_patch14_reg4_dinov2"), "a DINOv2"),
         (keys_of("vit_small_patch16_dinov3"), None),
         (keys_of("vit_small_patch16_dinov3_qkvb"), None),
         (keys_of("eva02_base_patch16_clip_224"), None),

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from maskfirst import recipe as recipes
 from maskfirst import tasks, weights
-from maskfirst.contracts import Augmentation, Backbone, Criterion, Dataset, Namer, Phase, Proposer, Trunk
+from maskfirst.contracts import Augmentation, Backbone, Criterion, Dataset, Namer, Phase, Proposer, Receiver, Trunk
 from maskfirst.data import vocabulary as vocabularies
 from maskfirst.errors import UserError, nearest
 from maskfirst.frames import Size
@@ -111,7 +111,8 @@ class Experiment:
     """What a recipe describes, each part built when it is asked for. Mistakes are RecipeErrors of one line.
 
     Of a recipe that is not trusted only parts of the menus are built, and its `weights`, `freeze` and `pretrained` keys are
-    not acted on. `vocabulary` stands in for the recipe's. `loaded`: what `weights:` keys have done to the last segmenter.
+    not acted on. `vocabulary` stands in for the recipe's. `loaded`: what `weights:` keys have done to the last segmenter,
+    and what `pretrained:` keys could not do.
     """
 
     def __init__(self, recipe: Recipe, vocabulary: Vocabulary | None = None) -> None:
@@ -260,6 +261,9 @@ class Experiment:
                 self.loaded.append(weights.load_part(module, reserved["weights"], where, self.vocabulary))
             except UserError as error:
                 raise self._error(f"{where}.weights: {error}") from error
+        elif isinstance(module, Receiver) and module.remark:
+            names = tuple(module.state_dict())
+            self.loaded.append(weights.LoadReport("timm", where, names, (), (), (), remark=module.remark))
         self._freeze(module, reserved, where)
 
     def _freeze(self, module: nn.Module, reserved: Mapping[str, Any], where: str) -> None:

@@ -4,7 +4,7 @@ All are abstract; an implementation is final and is built from a recipe by its c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -29,6 +29,8 @@ class Trunk(nn.Module, ABC):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     """By which it divides RGB less `mean`."""
+    class_position: Float[Tensor, " D"] | None = None
+    """What the weights that it was given add to a class token that its blocks do not see; no parameter of it."""
 
     @abstractmethod
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
@@ -249,6 +251,20 @@ class Resizable(ABC):
     @abstractmethod
     def resize_from(self, name: str, tensor: Tensor) -> Tensor | None:
         """`tensor` (found under this module's parameter `name`) in that parameter's shape, or None."""
+
+
+class Receiver(ABC):
+    """A module that makes more of weights than what of them has its parameters' names."""
+
+    remark: str | None = None
+    """What is to be said of the weights that it was given last, in a clause."""
+
+    @abstractmethod
+    def receive(self, tensors: Mapping[str, Tensor]) -> Collection[str]:
+        """Given tensors by this module's names, as they were before any resizing, when all that fits has been copied.
+
+        Returns the names of its parameters that it has filled with what it made of others. Modules inside it come first.
+        """
 
 
 class PerClass(ABC):

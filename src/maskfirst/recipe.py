@@ -200,7 +200,7 @@ class _Builder:
         except ValueError as error:
             raise self._error(where, " ".join(str(error).split())) from error
         for finished, finish in self.finish.items():
-            if prepared.reserved and isinstance(built, finished):
+            if isinstance(built, finished):
                 finish(built, prepared.reserved, where)
         return built
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskfirst.contracts import PerClass, Resizable
+from maskfirst.contracts import PerClass, Receiver, Resizable
 from maskfirst.errors import UserError, listed, nearest
 from maskfirst.files import write_aside
 from maskfirst.recipe import Recipe
@@ -49,9 +49,10 @@ class WeightsFile:
 class LoadReport:
     """What became of the tensors of a part that was given weights; names are relative to the part.
 
-    `loaded`: copied as they are, or by the rows of the classes. `resized`: carried to another size. `reset`: not in the file
-    or of another shape, left at their initialisation. `unused`: in the file only. `kept` and `fresh`: the classes whose rows
-    were carried over, and those whose rows are at their initialisation; both empty where the vocabularies are one.
+    `loaded`: copied as they are, by the rows of the classes, or made of other tensors. `resized`: carried to another size.
+    `reset`: not in the file or of another shape, left at their initialisation. `unused`: in the file only. `kept` and `fresh`:
+    the classes whose rows were carried over, and those whose rows are at their initialisation; both empty where the
+    vocabularies are one. `remark`: what the part itself says of them.
     """
 
     source: str
@@ -62,6 +63,7 @@ class LoadReport:
     unused: tuple[str, ...]
     kept: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    remark: str | None = None
 
     def describe(self) -> str:
         """One paragraph for people."""
@@ -77,6 +79,8 @@ class LoadReport:
             sentences.append(f"the rows of {len(self.kept)} names carried over ({listed(self.kept)})")
         if self.fresh:
             sentences.append(f"those of {len(self.fresh)} at their initialisation ({listed(self.fresh)})")
+        if self.remark:
+            sentences.append(self.remark)
         return "; ".join(sentences) + "."
 
 
@@ -122,6 +126,11 @@ def read(source: str | Path) -> WeightsFile:
     path = locate(source)
     metadata, tensors = _open(path)
     found = metadata.get("format")
+    if "part" in metadata:
+        raise WeightsError(
+            f"{path}: a part alone, of {metadata.get('source', 'an unknown file')}, and no model; "
+            f"a recipe takes it by the key `weights`, as at {metadata['part']}"
+        )
     if found != FORMAT:
         other = f"its format is '{found}'" if found else "it has no recipe inside"
         raise WeightsError(
@@ -212,14 +221,18 @@ def load_part(
     """Copies into a module what fits of the weights at `source`, see `locate`, and tells what became of each tensor.
 
     `prefix`: the part's place in the recipe, such as `proposer.backbone`, under which the file has its tensors; a file with
-    nothing there may hold the part alone. `vocabulary`: the module's own; where the file's is another, rows of classes
-    (PerClass) are carried over by name. Tensors of other shapes are resized where their module can (Resizable).
+    nothing there may hold the part alone, or one inside of it whose place it names. `vocabulary`: the module's own; where the
+    file's is another, rows of classes (PerClass) are carried over by name. Tensors of other shapes are resized where their
+    module can (Resizable), and given to modules that make more of them (Receiver).
     Raises WeightsError where nothing at all fits.
     """
     path = locate(source)
     metadata, everything = _open(path)
     theirs = _vocabulary(path, metadata) if metadata.get("format") == FORMAT else None
     start = f"{prefix}." if prefix else ""
+    inner = metadata.get("part", "")
+    if inner and inner.startswith(start):
+        everything = {f"{inner}.{name}": tensor for name, tensor in everything.items()}
     tensors = {name.removeprefix(start): tensor for name, tensor in everything.items() if name.startswith(start)}
     tensors = tensors or everything
     # Rows stand for names only where both vocabularies are known; where they are the same, rows are like any tensor.
@@ -244,6 +257,10 @@ def load_part(
         else:
             goal.copy_(value)
         fates[fate].append(name)
+    for filled in _received(module, tensors):
+        if filled in fates["reset"]:
+            fates["reset"].remove(filled)
+            fates["loaded"].append(filled)
     if own and not fates["loaded"] and not fates["resized"]:
         tops = sorted({name.split(".")[0] for name in everything})
         raise WeightsError(f"{path}: nothing in it fits {prefix or 'this model'}; it holds {listed(tops)}")
@@ -254,6 +271,7 @@ def load_part(
         unused=tuple(name for name in tensors if name not in own),
         kept=kept if carried else (),
         fresh=fresh if carried else (),
+        remark=module.remark if isinstance(module, Receiver) else None,
     )
 
 
@@ -276,6 +294,17 @@ def require_same_vocabulary(model: Vocabulary, data: Vocabulary, where: str) -> 
         f"{where}: the data has {len(data)} classes, the model {len(model)}, and they differ ({difference}); "
         "train it on these with --from, or give the data the model's with the key vocabulary"
     )
+
+
+def _received(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Gives every Receiver within the tensors that are its own, inner ones first; the parameters that they have filled."""
+    filled = []
+    for place, part in reversed(list(module.named_modules())):
+        if isinstance(part, Receiver):
+            start = f"{place}." if place else ""
+            own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+            filled += [f"{start}{name}" for name in part.receive(own)]
+    return filled
 
 
 def _stored(tensor: Tensor, half: bool) -> Tensor:

@@ -5,9 +5,10 @@ et al., 2023) adds register tokens and scaled layers, DINOv3 (Siméoni et al., 2
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from math import isqrt
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.swin import windows
 from maskfirst.backbones.timm_models import create, load_timm, pretrained_model, resize_kernel, take_over
-from maskfirst.contracts import Backbone, Resizable, Trunk
+from maskfirst.contracts import Backbone, Receiver, Resizable, Trunk
 from maskfirst.errors import UserError
 from maskfirst.frames import Size
 
@@ -63,7 +64,7 @@ def rotations(periods: Float[Tensor, " P"], grid: Size, leading: int, zoom: floa
     return torch.cat(parts, -1)
 
 
-class TimmViT(Trunk, Resizable):
+class TimmViT(Trunk, Resizable, Receiver):
     """A plain ViT of timm's, those of DINOv2 and DINOv3 among them.
 
     `size`: the square picture, px, whose grid the position table has; other grids interpolate it at run time. `model`: timm's
@@ -136,12 +137,13 @@ class TimmViT(Trunk, Resizable):
             raise ValueError(f"interpolate_offset: '{model}' has no position table to resize; leave the key out")
         self.interpolate_offset = interpolate_offset
         self.antialias = registers and interpolate_offset is None
+        trained = pretrained_model(model, global_pool="").state_dict() if pretrained else {}
         if pretrained:
             # Scales that the model has not begin as they were told to.
             scales = {name: tensor for name, tensor in self.vit.state_dict().items() if name.endswith(".gamma")}
             take_over(
                 self.vit,
-                scales | pretrained_model(model, global_pool="").state_dict(),
+                scales | trained,
                 # timm would resize the positions with other bicubic weights.
                 lambda name, tensor: self.resize_from(f"vit.{name}", tensor),
                 "leave out width and depth",
@@ -168,6 +170,7 @@ class TimmViT(Trunk, Resizable):
         self.zoomed = 1.0
         self.mean, self.std = mean, std
         self.pixels = Pixels(mean, std, self.patch)
+        self.receive({f"vit.{name}": tensor for name, tensor in trained.items()})
 
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
         maps = self.vit.patch_embed.proj(self.pixels(pixels))
@@ -267,6 +270,26 @@ class TimmViT(Trunk, Resizable):
             return None
         positions = resize_positions(tensor.float(), (goal, goal), self.antialias).to(tensor.dtype)
         return torch.cat([tensor[:, :leading], positions], 1)
+
+    @torch.no_grad()
+    def receive(self, tensors: Mapping[str, Tensor]) -> Collection[str]:
+        """A table's row for the class token is kept as `class_position`, or added to the token where there is no place for it.
+
+        DINOv2's own tables have that row whether there are registers or not, timm's only where there are none.
+        """
+        table, own = tensors.get("vit.pos_embed"), self.vit.pos_embed
+        if table is None or own is None or table.ndim != 3 or table.shape[-1] != own.shape[-1]:
+            return ()
+        row = table[0, 0] if table.shape[1] == isqrt(table.shape[1]) ** 2 + 1 else None
+        token, theirs = self.vit.cls_token, tensors.get("vit.cls_token")
+        if token is None or not self.prefix:
+            self.class_position = None if row is None else row.to(own, copy=True)
+            self.remark = (
+                "they have no position of a class token, which is 0 where it is asked for" if row is None else None
+            )
+        elif row is not None and self.vit.no_embed_class and theirs is not None and theirs.shape == token.shape:
+            token.copy_(theirs + row)
+        return ()
 
 
 def _check_windows(window: int | None, windowed: Sequence[int], depth: int) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
-from maskfirst.convert import beit, eomt, mask2former, segvit, strangers, uni_perceiver, vit, vit_adapter, vit_p
+from maskfirst.contracts import Receiver, Trunk
+from maskfirst.convert import beit, dinov2, eomt, mask2former, segvit, strangers, uni_perceiver, vit, vit_adapter, vit_p
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
 from maskfirst.errors import UserError, listed
@@ -50,9 +51,9 @@ class Whole:
 class Part:
     """An origin of pretrained parts. Its functions are given the foreign keys, or the tensors by them.
 
-    `place`: where in a recipe such a part stands. `build`: an equal part of ours, without memory; may raise LookupError where
-    a key or an axis is missing, UserError for tensors that cannot be taken over. `begun`: what a recipe may add to such a
-    part, a regular expression of our keys; it keeps what the recipe begins it with.
+    `place`: where in most recipes such a part, a trunk, stands. `build`: an equal part of ours, without memory; may raise
+    LookupError where a key or an axis is missing, UserError for tensors that cannot be taken over. `begun`: what a recipe may
+    add to such a part, a regular expression of our keys; it keeps what the recipe begins it with.
     """
 
     name: str
@@ -93,6 +94,7 @@ ORIGINS: tuple[Whole | Part, ...] = (
         uni_perceiver.build,
         lambda keys: uni_perceiver.rules(),
     ),
+    Part("a DINOv2", dinov2.recognises, _TRUNK, dinov2.build, lambda keys: dinov2.rules()),
     Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, lambda keys: vit.timm_rules(), _SCALES),
 )
 """The first that recognises a checkpoint's keys counts."""
@@ -190,7 +192,7 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
             better = " ".join((plan[0], *(f"-s {override}" for override in plan[1])))
             raise ConvertError(f"{checkpoint}: {holds}, which {recipe.name} is not; take --recipe {better}") from error
         if plan is None or not plan[1] or overrides:
-            raise ConvertError(f"{checkpoint} with recipe {recipe.name}: {error}") from error
+            raise ConvertError(f"{checkpoint}, {holds}, with recipe {recipe.name}: {error}") from error
         # The right recipe, of whose model there are several, such as PASCAL-Context's 59 and 60 classes.
         recipe, overrides = recipes.override(recipe, plan[1]), plan[1]
         experiment, segmenter, renamed = _fitted(tensors, origin, recipe)
@@ -234,28 +236,39 @@ def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | Non
     except RenameError as error:
         raise ConvertError(f"{checkpoint}: {error}") from error
     ours = _as_ours(renamed, module)
-    notes = () if recipe is None else _check_place(checkpoint, ours, origin, recipe)
+    places, notes = ((origin.place,), ()) if recipe is None else _places(checkpoint, ours, origin, recipe)
     # A copy of its own each, as safetensors refuses tensors that share memory.
     copies = {key: tensor.contiguous().clone() for key, tensor in ours.items()}
     with write_aside(out) as aside:
-        save_file(copies, aside, {"part": origin.place, "source": f"{checkpoint.name} ({origin.name})"})
+        save_file(copies, aside, {"part": places[0], "source": f"{checkpoint.name} ({origin.name})"})
     holds = f"{origin.name}, {len(ours)} tensors without a head"
-    note = f"use: `-s {origin.place}.weights={out}`, or the key `weights` at that place of any recipe that it fits"
+    ways = " or ".join(f"`-s {place}.weights={out}`" for place in places)
+    note = f"use: {ways}, or the key `weights` at that place of any recipe that it fits"
     return Report(
         str(checkpoint), origin.name, holds, None, (), str(out), len(renamed.homes), renamed.left, (*notes, note)
     )
 
 
-def _check_place(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) -> tuple[str, ...]:
-    """What loading it there will do beside taking over.
+def _places(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The trunks of a recipe that it fits, and what loading it there will do beside taking over.
 
-    Raises ConvertError unless the recipe has such a part, all of whose tensors are here, can be resized from here or begin on
-    their own.
+    Raises ConvertError unless the recipe has one, all of whose tensors are here, can be resized from here or begin on their
+    own.
     """
-    places = dict(Experiment(recipe).segmenter(meta=True).named_modules())
-    if origin.place not in places:
+    segmenter = Experiment(recipe).segmenter(meta=True)
+    trunks = {name: part for name, part in segmenter.named_modules() if isinstance(part, Trunk)}
+    if not trunks:
         raise ConvertError(f"{checkpoint}: {origin.name}, and {recipe.name} has no {origin.place} to put it in")
-    part = places[origin.place]
+    fates = {place: _fates(part, ours, origin) for place, part in trunks.items()}
+    fitting = tuple(place for place, (wrong, _) in fates.items() if not wrong)
+    if not fitting:
+        place, (wrong, _) = next(iter(fates.items()))
+        raise ConvertError(f"{checkpoint}: does not fit {place} of {recipe.name}: {listed(wrong, _SHOWN)}")
+    return fitting, tuple(dict.fromkeys(f"note: {recipe.name} {note}" for place in fitting for note in fates[place][1]))
+
+
+def _fates(part: nn.Module, ours: Tensors, origin: Part) -> tuple[list[str], list[str]]:
+    """What does not fit a part that has no memory, and what it will do beside taking over."""
     wrong, resized, begun = [], [], []
     for name, goal in part.state_dict().items():
         found = ours.get(name)
@@ -269,10 +282,13 @@ def _check_place(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) 
                 wrong.append(f"{name} {list(found.shape)} for {list(goal.shape)}")
             else:
                 resized.append(name)
-    if wrong:
-        raise ConvertError(f"{checkpoint}: does not fit {origin.place} of {recipe.name}: {listed(wrong, _SHOWN)}")
-    fates = ((resized, "resizes"), (begun, "begins by itself what the checkpoint has not"))
-    return tuple(f"note: {recipe.name} {what}: {listed(names, _SHOWN)}" for names, what in fates if names)
+    notes = ((resized, "resizes"), (begun, "begins by itself what the checkpoint has not"))
+    told = [f"{what}: {listed(names, _SHOWN)}" for names, what in notes if names]
+    if isinstance(part, Receiver) and not wrong:
+        part.receive(ours)
+        if part.remark:
+            told.append(f"is told of its weights: {part.remark}")
+    return wrong, told
 
 
 def _lacking(checkpoint: Path, origin: str, error: Exception) -> ConvertError:

@@ -21,7 +21,7 @@ from maskfirst.convert import containers
 from maskfirst.convert.containers import CheckpointError, Content, damaged
 from maskfirst.errors import nearest
 
-WRAPPERS = ("state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model", "module", "teacher")
 """Under these keys the projects keep the tensors, beside what else they save."""
 
 

@@ -141,8 +141,11 @@ def jax_rules() -> list[Rule]:
 
 
 def is_timm(keys: Collection[str]) -> bool:
-    """Whether these are the keys of timm's VisionTransformer, as DeiT's releases are; BEiT's have other biases."""
-    return {"blocks.0.attn.qkv.bias", "patch_embed.proj.weight"} <= set(keys)
+    """Whether these are the keys of timm's VisionTransformer, as DeiT's releases are.
+
+    BEiT's have other biases, and DINOv2's scales.
+    """
+    return {"blocks.0.attn.qkv.bias", "patch_embed.proj.weight"} <= set(keys) and "blocks.0.ls1.gamma" not in keys
 
 
 def timm_rules() -> list[Rule]:

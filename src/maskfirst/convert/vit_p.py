@@ -3,17 +3,16 @@
 "The Missing Point in Vision Transformers for Universal Image Segmentation", 2025 (arXiv 2505.19795).
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from maskfirst.convert.rename import Copy, Leave, Move, Rule, count
+from maskfirst.convert import dinov2
+from maskfirst.convert.dinov2 import BEFORE
+from maskfirst.convert.rename import Copy, Move, Rule
 
 POINTS = "cls_embeddings.weight"
-_BEFORE = r"(?:teacher\.|module\.|backbone\.)*"
-_BLOCK = r"blocks\.(?:\d+\.)?(\d+)"
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ def recognises(keys: Collection[str]) -> bool:
 
 def facts(tensors: Mapping[str, Tensor]) -> Facts:
     """Raises KeyError where a key is missing that every ViT-P has."""
-    plain = {_plain(key): tensor for key, tensor in tensors.items()}
+    plain = dinov2.plain(tensors)
     registers = plain["register_tokens"].shape[1] if "register_tokens" in plain else 0
     width = plain[POINTS].shape[0]
-    return Facts(plain["head.weight"].shape[0], width, count(plain, rf"{_BLOCK}\..*"), registers)
+    return Facts(plain["head.weight"].shape[0], width, dinov2.depth(plain), registers)
 
 
 def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
@@ -54,24 +53,14 @@ def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
 
 def rules(keys: Collection[str]) -> Sequence[Rule]:
     """From the original's keys to those of a Segmenter whose namer is `vit_p` on a ViT without a class token."""
-    trunk = r"namer.trunk.vit."
     return [
-        Move(rf"{_BEFORE}cls_embeddings\.weight", "namer.point_proj.weight"),
+        Move(rf"{BEFORE}cls_embeddings\.weight", "namer.point_proj.weight"),
         Copy(
-            rf"{_BEFORE}pos_embed",
-            ("namer.slot", f"{trunk}pos_embed"),
+            rf"{BEFORE}pos_embed",
+            ("namer.slot", "namer.trunk.vit.pos_embed"),
             # The class token's row, which every point is given, and those of the patches.
             (lambda table: table[0, 0], lambda table: table[:, 1:]),
         ),
-        Move(rf"{_BEFORE}register_tokens", f"{trunk}reg_token"),
-        Move(rf"{_BEFORE}{_BLOCK}\.mlp\.w12\.(weight|bias)", rf"{trunk}blocks.\1.mlp.fc1.\2"),
-        Move(rf"{_BEFORE}{_BLOCK}\.mlp\.w3\.(weight|bias)", rf"{trunk}blocks.\1.mlp.fc2.\2"),
-        Move(rf"{_BEFORE}{_BLOCK}\.(.*)", rf"{trunk}blocks.\1.\2"),
-        Move(rf"{_BEFORE}(patch_embed|norm)\.(.*)", rf"{trunk}\1.\2"),
-        Move(rf"{_BEFORE}head\.(weight|bias)", r"namer.head.\1"),
-        Leave(rf"{_BEFORE}mask_token", "the mask token of its pretraining, which nothing reads"),
+        Move(rf"{BEFORE}head\.(weight|bias)", r"namer.head.\1"),
+        *dinov2.rules("namer.trunk."),
     ]
-
-
-def _plain(key: str) -> str:
-    return re.sub(rf"^{_BEFORE}", "", key)

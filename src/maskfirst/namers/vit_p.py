@@ -3,7 +3,7 @@
 "The Missing Point in Vision Transformers for Universal Image Segmentation", 2025 (arXiv 2505.19795).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskfirst import tasks
-from maskfirst.contracts import PerClass, PointNamer, Trunk
+from maskfirst.contracts import PerClass, PointNamer, Receiver, Trunk
 from maskfirst.errors import UserError
 from maskfirst.frames import Frame
 from maskfirst.namers import points
@@ -28,15 +28,16 @@ class PointRows(nn.Linear, PerClass):
     class_rows: ClassVar[Mapping[str, bool]] = {"weight": False, "bias": False}
 
 
-class ViTP(PointNamer):
+class ViTP(PointNamer, Receiver):
     """Every mask by its point, all points of a picture in one pass; it knows no object from none, which `blend` does.
 
     `trunk`: any plain ViT; the published one is DINOv2 without its class token and with `interpolate_offset` 0.1. Points stand
-    before the trunk's own first tokens. `size`: (height, width) px that pictures are stretched to, multiples of the patch.
-    `point`: where a mask is looked at: "peak", its largest logit; "center", its pixel deepest inside; "random", any inside.
-    `read_at`: on the "grid" that masks come on, or at the "picture"'s own size. `with_padding`: the picture is seen with the
-    padding of its canvas while points are told without it; this, and "picture", is the published evaluation in detectron2.
-    Else the part of a canvas that shows the picture is what is seen, mirrored where the canvas is, and windows alone.
+    before the trunk's own first tokens, and begin with the position of the class token that its weights had. `size`: (height,
+    width) px that pictures are stretched to, multiples of the patch. `point`: where a mask is looked at: "peak", its largest
+    logit; "center", its pixel deepest inside; "random", any inside. `read_at`: on the "grid" that masks come on, or at the
+    "picture"'s own size. `with_padding`: the picture is seen with the padding of its canvas while points are told without it;
+    this, and "picture", is the published evaluation in detectron2. Else the part of a canvas that shows the picture is what is
+    seen, mirrored where the canvas is, and windows alone.
     """
 
     example: ClassVar[Mapping[str, Any]] = {
@@ -67,6 +68,8 @@ class ViTP(PointNamer):
         self.with_padding = with_padding
         self.point_proj = nn.Linear(2, trunk.width, bias=False)
         self.slot = nn.Parameter(torch.zeros(trunk.width))
+        if trunk.class_position is not None:
+            self.slot.data.copy_(trunk.class_position)
         self.head = PointRows(trunk.width, len(vocabulary))
         for linear in (self.point_proj, self.head):
             nn.init.trunc_normal_(linear.weight, std=0.02)
@@ -87,6 +90,15 @@ class ViTP(PointNamer):
         for index in range(self.trunk.depth):
             tokens = self.trunk.block(index, tokens, grid)
         return self.head(self.trunk.norm(tokens[:, : points.shape[1]]))
+
+    @torch.no_grad()
+    def receive(self, tensors: Mapping[str, Tensor]) -> Collection[str]:
+        """Weights of a trunk alone bring what every point is given with the position of their class token."""
+        position = self.trunk.class_position
+        if position is None or "slot" in tensors or not any(name.startswith("trunk.") for name in tensors):
+            return ()
+        self.slot.copy_(position)
+        return ("slot",)
 
     def _seen(self, pixels: Float[Tensor, "3 H W"], frame: Frame) -> Float[Tensor, "3 H2 W2"]:
         """What is looked at of a canvas, stretched."""
