@@ -27,6 +27,7 @@ from maskfirst.formats.saved import open_saved
 from maskfirst.frames import Fit, Frame, resize
 from maskfirst.namers.blend import Blend
 from maskfirst.namers.given import Given
+from maskfirst.namers.oracle import OracleNamer
 from maskfirst.proposers.known import CERTAIN
 from maskfirst.proposers.oracle import OracleProposer
 from maskfirst.proposers.saved import Saved
@@ -619,15 +620,16 @@ def test_batches_of_pictures_with_unlike_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("namer", ["given", "point"])
+@pytest.mark.parametrize("namer", ["given", "point", "oracle"])
 def test_no_masks_is_an_empty_answer(tmp_path: Path, task: str, namer: str) -> None:
     npz(tmp_path / "none.npz", masks=TWO[:0].numpy())
     segmenter = model(tmp_path, names=namer == "given")
-    if namer == "point":
-        segmenter.namer = TinyPointNamer(WORDS, (8, 8))
+    if namer != "given":
+        segmenter.namer = TinyPointNamer(WORDS, (8, 8)) if namer == "point" else OracleNamer(WORDS)
+    truth = segments(TWO, [0, 2], [1.0, 1.0])
     for inference in (Inference(), Inference(window=(8, 8), stride=(4, 4)), Inference(fit=Fit(short=7))):
         segmenter.inference = inference
-        answer = segmenter.predict(IMAGE, task, key="none")
+        answer = segmenter.predict(IMAGE, task, key="none", truth=truth)
         assert answer.masks.shape == (0, *SIZE)
 
 
@@ -669,6 +671,32 @@ def test_our_own_instances_come_back(tmp_path: Path) -> None:
 def test_our_own_panoptic_segments_come_back(tmp_path: Path) -> None:
     panoptic(tmp_path / "p.json", THREE)
     same(model(tmp_path / "p.json").predict(IMAGE, "panoptic", key="a/one"), THREE)
+
+
+def scene(seed: int) -> tuple[Proposals, Names]:
+    """Blobs that overlap, each with one likely name."""
+    random = torch.Generator().manual_seed(seed)
+    masks = resize(torch.randn(1, 8, 4, 5, generator=random) * 9, SIZE)
+    logits = torch.randn(1, 8, 5, generator=random)
+    logits[0, torch.arange(8), torch.randint(4, (8,), generator=random)] += 6
+    return Proposals(masks), Names(logits)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_the_tasks_answer_comes_back(tmp_path: Path, seed: int) -> None:
+    given = (*scene(seed), 0, WORDS, Frame(SIZE, SIZE, SIZE))
+    found = tasks.panoptic(*given, tasks.Thresholds(overlap=0.1)).segments
+    assert len(found) > 1
+    panoptic(tmp_path / "p.json", found)
+    same(model(tmp_path / "p.json").predict(IMAGE, "panoptic", key="a/one"), found)
+
+    found = tasks.instance(*given)
+    found = found[found.scores > 0]
+    assert len(found) == 8, "one answer of each proposal is a thing"
+    writer = InstancesWriter(tmp_path / "i.json", WORDS)
+    writer.add(3, "a/one.jpg", found)
+    writer.close()
+    same(model(tmp_path / "i.json").predict(IMAGE, "instance", key="a/one"), found)
 
 
 def test_our_own_semantic_segments_come_back(tmp_path: Path) -> None:

@@ -403,8 +403,10 @@ def _row(shares: Float64[np.ndarray, " K"], score: float | None, place: str) -> 
     if score is not None and not 0 <= score <= 1 + 1e-6:
         raise FormatError(f"{place}: score {score} should lie in 0..1, the probability of an object; {ALONE}")
     total = shares.sum()
-    sure = min(total if score is None else score, 1.0) if total else 0.0
-    return np.append(shares * (sure / total) if total else shares, 1 - sure)
+    if not total or (score is None and total <= 1):
+        return np.append(shares, 1 - total)
+    sure = 1.0 if score is None else min(score, 1.0)
+    return np.append(shares / total * sure, 1 - sure)
 
 
 def _stacked(rows: Sequence[np.ndarray | None], vocabulary: Vocabulary | None) -> Float64[Tensor, "N K1"] | None:
