@@ -46,6 +46,7 @@ MENUS: dict[type, dict[str, str]] = {
         "eomt": "maskfirst.proposers.eomt:EoMT",
         "mask2former": "maskfirst.proposers.mask2former:Mask2Former",
         "oracle": "maskfirst.proposers.oracle:OracleProposer",
+        "saved": "maskfirst.proposers.saved:Saved",
         "upernet": "maskfirst.proposers.upernet:UperNet",
     },
     Namer: {

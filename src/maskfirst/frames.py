@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -140,6 +140,12 @@ class Frame:
     ) -> Float[Tensor, "C H2 W2"]:
         """The canvas of a picture, float, in the picture's own value range."""
         return self.cut(self.resized(image), fill)
+
+    def lay(self, masks: Bool[Tensor, "N H W"]) -> Bool[Tensor, "N H2 W2"]:
+        """Masks of the picture on the canvas; a pixel is inside where more than half of it is, and never in the padding."""
+        if not len(masks):
+            return masks.new_zeros(0, *self.outer)
+        return self.apply(masks, (0.0,) * len(masks)) > 0.5
 
     def trim(self, maps: Float[Tensor, "*N h w"]) -> Float[Tensor, "*N H W"]:
         """Maps over the whole canvas, enlarged to it, without the padding; still mirrored if the frame is."""

@@ -264,5 +264,5 @@ class Segmenter(nn.Module):
 
 
 def _cut_truth(truth: Segments, frame: Frame, device: torch.device) -> Segments:
-    masks = frame.apply(truth.masks.to(device), fill=(0.0,) * len(truth)) > 0.5 if len(truth) else truth.masks
+    masks = frame.lay(truth.masks.to(device))
     return Segments(masks, truth.classes.to(device), truth.scores.to(device), truth.crowd.to(device))

@@ -122,7 +122,7 @@ def read_home(proposals: Proposals, names: Names, image: int, frame: Frame) -> R
 def _mix(rows: Rows, proposals: Proposals, names: Names, image: int) -> Rows:
     """Masks (Q, H, W) into scores (K, H, W)."""
     share = names.joint[image].to(proposals.masks.dtype).T
-    most = max(1, 2 * PIECE // (share.shape[1] * rows.width))
+    most = max(1, 2 * PIECE // max(1, share.shape[1] * rows.width))
 
     def piece(first: int, last: int) -> Tensor:
         logits = rows.fetch(first, last)
@@ -143,16 +143,24 @@ def _mix(rows: Rows, proposals: Proposals, names: Names, image: int) -> Rows:
 
 
 def semantic(scores: Rows, strip: int = 64) -> Segments:
-    """The class of every pixel by its largest score, `strip` rows at most at a time; a segment's score is its pixels' mean."""
-    labels, best = [], []
+    """The class of every pixel by its largest score, `strip` rows at most at a time; a segment's score is its pixels' mean.
+
+    A pixel whose scores are all exactly 0 lies in no mask, and has no class.
+    """
+    labels, best, nothing = [], [], 0
     step = min(strip, scores.run or strip)
     for first in range(0, scores.height, step):
-        value, index = scores.fetch(first, min(first + step, scores.height)).max(0)
+        some = scores.fetch(first, min(first + step, scores.height))
+        value, index = some.max(0)
+        nothing = len(some)
+        # The largest alone does not say it, as logits may all be below 0; looked at only where it may be so.
+        if (blank := value == 0).any():
+            index[blank & (some == 0).all(0)] = nothing
         labels.append(index)
         best.append(value.float())
     found = torch.cat(labels)
-    counts = torch.bincount(found.flatten())
-    sums = torch.bincount(found.flatten(), torch.cat(best).flatten())
+    counts = torch.bincount(found.flatten(), minlength=nothing)[:nothing]
+    sums = torch.bincount(found.flatten(), torch.cat(best).flatten(), minlength=nothing)[:nothing]
     classes = counts.nonzero()[:, 0]
     means = (sums[classes] / counts[classes]).float()
     return Segments(found[None] == classes[:, None, None], classes, means, torch.zeros_like(classes, dtype=torch.bool))
@@ -225,13 +233,14 @@ def instance(
 ) -> Segments:
     """Things of picture `image`, which may overlap, the surest first; one proposal may be answered under several names.
 
-    Of the pairs of proposal and name that are likeliest those are kept whose name is a thing. A mask is where its logit is
-    above 0, and may be empty; a score is the probability of the name times the mean of the mask's, inside.
+    Of the pairs of proposal and name that are likeliest those are kept whose name is a thing, but none that cannot be (a
+    probability of exactly 0). A mask is where its logit is above 0, and may be empty; a score is the probability of the name
+    times the mean of the mask's, inside.
     """
     thresholds = thresholds or Thresholds()
     joint = names.joint[image].float()
     likely = joint.flatten().topk(min(thresholds.instances, joint.numel()))
-    things = _are_things(likely.indices % joint.shape[1], vocabulary)
+    things = _are_things(likely.indices % joint.shape[1], vocabulary) & (likely.values > 0)
     likelihood, pairs = likely.values[things], likely.indices[things]
     chosen, place = (pairs // joint.shape[1]).unique(return_inverse=True)
     rows = home(proposals, image, frame, chosen)

@@ -90,7 +90,9 @@ class Matched(Criterion):
             named = torch.full(logits.shape[:2], len(self.class_weights) - 1, device=logits.device)
             for row, (queries, segments), one in zip(named, pairs, truth, strict=True):
                 row[queries] = one.classes[segments]
-            ce = F.cross_entropy(logits.transpose(1, 2), named, self.class_weights)
+            # A mean over no proposals would be NaN.
+            nameless = not named.numel()
+            ce = 0.0 * logits.sum() if nameless else F.cross_entropy(logits.transpose(1, 2), named, self.class_weights)
             mask, dice = self._mask_losses(masks, pairs, truth)
         count = mean_count(sum(map(len, truth)), masks.device)
         return {
@@ -111,8 +113,8 @@ class Matched(Criterion):
     ) -> Float[Tensor, "Q N"]:
         """What every match of a picture would cost, seen at new random points that all its masks share."""
         points = self.draw(1, self.points, masks.device)
-        if not len(truth):
-            return logits.new_zeros(len(logits), 0)
+        if not len(truth) or not len(logits):
+            return logits.new_zeros(len(logits), len(truth))
         x = sample(masks[None], points)[0]
         inside = sample_truth(truth.masks, torch.arange(len(truth), device=masks.device), points).T
         # Cross-entropy is softplus(x) - x t; softplus by way of a sigmoid, as its own operator takes ten times as long.

@@ -75,9 +75,7 @@ def categories(content: Any, path: Path | str, vocabulary: Vocabulary | None) ->
     Without `vocabulary` it is the file's, in the file's order, in which all is a thing that does not say `isthing: 0`. With
     it, its `ids` are the file's numbers, unless the file has one of its names under another number: then names count.
     """
-    own = None
-    if isinstance(content, dict) and "categories" in content:
-        own = _vocabulary(rows(content, "categories", path), path)
+    own = own_categories(content, path)
     vocabulary = vocabulary or own
     if vocabulary is None:
         raise FormatError(f"{path}: has no `categories`; say which vocabulary its numbers are of")
@@ -88,6 +86,13 @@ def categories(content: Any, path: Path | str, vocabulary: Vocabulary | None) ->
     by_name = {number: places[name] for number, name in zip(own.ids, own.names, strict=True) if name in places}
     contradicted = any(numbered.get(number) != index for number, index in by_name.items())
     return vocabulary, by_name if contradicted else numbered
+
+
+def own_categories(content: Any, path: Path | str) -> Vocabulary | None:
+    """What the file's categories are, by its own word; None where it has none. Raises FormatError."""
+    if not isinstance(content, dict) or "categories" not in content:
+        return None
+    return _vocabulary(rows(content, "categories", path), path)
 
 
 def class_of(number: Any, index: Mapping[int, int], place: str) -> int:

@@ -8,7 +8,9 @@ import math
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +26,13 @@ from maskfirst.formats.coco import (
     class_of,
     images,
     load,
+    own_categories,
     rows,
     shortest,
     write,
 )
 from maskfirst.formats.instances import Instances
+from maskfirst.formats.rle import Rle
 from maskfirst.frames import Size
 from maskfirst.types import Segments, Vocabulary
 
@@ -57,6 +61,69 @@ class CocoInstances:
     def read(self, key: Key) -> Instances:
         """The instances of a picture, in the file's order; scores are 1 where it has none. Raises FormatError, KeyError."""
         return self._annotations.read(key)
+
+
+@dataclass(frozen=True)
+class ToldMask:
+    """A mask, and what a file tells of it, which may be nothing. `place` is its own in the file; `category` is a number.
+
+    `class_scores`: as the file has them, unchecked.
+    """
+
+    place: str
+    rle: Rle
+    category: int | None
+    score: float | None
+    class_scores: Any
+
+
+class CocoMasks:
+    """A file of the same form by any tool, in which classes and scores may be missing: masks with what is told of them.
+
+    `images`: its pictures. `categories`: its own, None where it has none. `numbers`: those that it uses for categories.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Raises FormatError."""
+        content = load(path, _compact)
+        if isinstance(content, list):
+            raise FormatError(f"{path}: a bare list of results does not tell its pictures' names; give it `images`")
+        self.path = Path(path)
+        self.images = images(content, path)
+        # Tools that know no classes write an empty list.
+        self.categories = own_categories(content, path) if content.get("categories") else None
+        self._rows: dict[Key, list[tuple[str, _Row]]] = {key: [] for key in self.images}
+        for position, row in enumerate(rows(content, "annotations", path)):
+            place = f"{path}: annotations[{position}]"
+            if not isinstance(row, _Row):
+                raise FormatError(f"{place}: should be an object with an `image_id` and a `segmentation`")
+            _check(row, self.images, place)
+            if row.category is not None and type(row.category) is not int:
+                raise FormatError(f"{place}: category_id should be a number, got {row.category!r}")
+            if not row.crowd:
+                self._rows[row.picture].append((place, row))
+
+    @property
+    def numbers(self) -> list[int]:
+        return sorted({row.category for _, row in self._all() if row.category is not None})
+
+    @property
+    def nameless(self) -> str | None:
+        """The place of the first mask without a class, where others have one; else None."""
+        places = [place for place, row in self._all() if row.category is None and row.class_scores is None]
+        return places[0] if 0 < len(places) < sum(1 for _ in self._all()) else None
+
+    def _all(self) -> "Iterator[tuple[str, _Row]]":
+        return chain.from_iterable(self._rows.values())
+
+    def read(self, key: Key) -> list[ToldMask]:
+        """The masks of a picture, in the file's order, without crowds. Raises FormatError, KeyError."""
+        picture, found = self.images[key], self._rows[key]
+        masks = rle.read([row.mask for _, row in found], (picture.height, picture.width), lambda i: found[i][0])
+        return [
+            ToldMask(place, mask, row.category, None if row.score is None else float(row.score), row.class_scores)
+            for (place, row), mask in zip(found, masks, strict=True)
+        ]
 
 
 class Results(Mapping):
@@ -162,11 +229,12 @@ class _Row(NamedTuple):
     area: Any
     crowd: Any
     score: Any
+    class_scores: Any
 
 
 def _compact(found: dict[str, Any]) -> Any:
     """Annotations without what is not used, their polygons a quarter as large as lists of numbers are."""
-    if "image_id" not in found or "category_id" not in found:
+    if "image_id" not in found or not ("category_id" in found or "segmentation" in found):
         return found
     mask = found.get("segmentation")
     if isinstance(mask, list):
@@ -175,12 +243,24 @@ def _compact(found: dict[str, Any]) -> Any:
             mask = [array("d", polygon) for polygon in mask]
     return _Row(
         found["image_id"],
-        found["category_id"],
+        found.get("category_id"),
         mask,
         found.get("area"),
         found.get("iscrowd", 0),
         found.get("score"),
+        found.get("class_scores"),
     )
+
+
+def _check(row: _Row, pictures: Collection[Key], where: str) -> None:
+    """Raises FormatError that begins with `where`."""
+    if type(row.picture) not in (int, str) or row.picture not in pictures:
+        raise FormatError(f"{where}: image_id {row.picture!r} is none of the {len(pictures)} pictures")
+    if row.crowd not in (0, 1):
+        raise FormatError(f"{where}: iscrowd should be 0 or 1, got {row.crowd!r}")
+    for name, number in (("area", row.area), ("score", row.score)):
+        if number is not None and (type(number) not in (int, float) or not math.isfinite(number)):
+            raise FormatError(f"{where}: {name} should be a number, got {number!r}")
 
 
 class _Annotations:
@@ -194,17 +274,11 @@ class _Annotations:
 
     def add(self, row: Any, place: str, scored: bool) -> None:
         where = f"{self.path}: {place}"
-        if not isinstance(row, _Row):
+        if not isinstance(row, _Row) or row.category is None:
             raise FormatError(f"{where}: should be an object with an `image_id` and a `category_id`")
-        if type(row.picture) not in (int, str) or row.picture not in self.rows:
-            raise FormatError(f"{where}: image_id {row.picture!r} is none of the {len(self.rows)} pictures")
-        if row.crowd not in (0, 1):
-            raise FormatError(f"{where}: iscrowd should be 0 or 1, got {row.crowd!r}")
+        _check(row, self.rows, where)
         if scored and row.score is None:
             raise FormatError(f"{where}: no score; predictions need one each")
-        for name, number in (("area", row.area), ("score", row.score)):
-            if number is not None and (type(number) not in (int, float) or not math.isfinite(number)):
-                raise FormatError(f"{where}: {name} should be a number, got {number!r}")
         self.rows[row.picture].append((place, class_of(row.category, self.index, where), row))
 
     def read(self, key: Key) -> Instances:

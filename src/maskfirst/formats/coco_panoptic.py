@@ -53,6 +53,12 @@ class CocoPanoptic:
         """What the file calls its pictures: those that it lists, and those that it has segments of."""
         return list(self.images | self._annotations)
 
+    @property
+    def file_names(self) -> Mapping[Key, str]:
+        """What pictures are called, or their PNGs where they are not listed."""
+        listed = {key: image.file_name for key, image in self.images.items()}
+        return {key: annotation.file_name for key, annotation in self._annotations.items()} | listed
+
     def read(self, key: Key) -> SegmentMap:
         """The segments of a picture in the file's order; one that its PNG does not show stays, without a pixel, and is counted.
 

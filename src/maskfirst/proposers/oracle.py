@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
+from torch.nn import functional as F
 
 from maskfirst.contracts import Proposer
-from maskfirst.types import Batch, Names, Proposals, Vocabulary
-
-CERTAIN = 50.0
-"""Logit of a mask's inside; its negative outside."""
+from maskfirst.proposers.known import propose
+from maskfirst.types import Batch, Proposals, Vocabulary
 
 
 class OracleProposer(Proposer):
@@ -29,13 +27,6 @@ class OracleProposer(Proposer):
     def forward(self, batch: Batch) -> Proposals:
         if batch.truth is None:
             raise ValueError("proposer oracle needs the truth; use it in `train` or `evaluate`")
-        most = max(1, *(len(segments) for segments in batch.truth))
-        size, device = batch.pixels.shape[-2:], batch.pixels.device
-        masks = torch.full((len(batch), most, *size), -CERTAIN, device=device)
-        logits = torch.zeros(len(batch), most, self.classes + 1, device=device)
-        for image, segments in enumerate(batch.truth):
-            count = len(segments)
-            masks[image, :count][segments.masks] = CERTAIN
-            logits[image, torch.arange(count), segments.classes] = CERTAIN
-            logits[image, count:, self.classes] = CERTAIN
-        return Proposals(masks, names=Names(logits))
+        masks = [segments.masks for segments in batch.truth]
+        names = [F.one_hot(segments.classes, self.classes + 1).float() for segments in batch.truth]
+        return propose(masks, names, batch)
