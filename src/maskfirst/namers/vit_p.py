@@ -16,6 +16,7 @@ from maskfirst.contracts import PerClass, PointNamer, Receiver, Trunk
 from maskfirst.errors import UserError
 from maskfirst.frames import Frame
 from maskfirst.namers import points
+from maskfirst.ops import sine_positions
 from maskfirst.types import Batch, Names, Proposals, Vocabulary
 
 STRIP = 64
@@ -37,7 +38,8 @@ class ViTP(PointNamer, Receiver):
     logit; "center", its pixel deepest inside; "random", any inside. `read_at`: on the "grid" that masks come on, or at the
     "picture"'s own size. `with_padding`: the picture is seen with the padding of its canvas while points are told without it;
     this, and "picture", is the published evaluation in detectron2. Else the part of a canvas that shows the picture is what is
-    seen, mirrored where the canvas is, and windows alone.
+    seen, mirrored where the canvas is, and windows alone. `code`: what a point is told by: its place, as published, or the
+    "sines" of it by which a trunk with `start: alike` tells its patches apart.
     """
 
     example: ClassVar[Mapping[str, Any]] = {
@@ -54,6 +56,7 @@ class ViTP(PointNamer, Receiver):
         point: Literal["peak", "center", "random"] = "peak",
         read_at: Literal["grid", "picture"] = "grid",
         with_padding: bool = False,
+        code: Literal["place", "sines"] = "place",
     ) -> None:
         super().__init__()
         if any(side < 1 or side % trunk.patch for side in size):
@@ -66,13 +69,17 @@ class ViTP(PointNamer, Receiver):
         self.point = point
         self.read_at = read_at
         self.with_padding = with_padding
-        self.point_proj = nn.Linear(2, trunk.width, bias=False)
+        self.code = code
+        self.point_proj = nn.Linear(2 if code == "place" else trunk.width, trunk.width, bias=False)
         self.slot = nn.Parameter(torch.zeros(trunk.width))
         if trunk.class_position is not None:
             self.slot.data.copy_(trunk.class_position)
         self.head = PointRows(trunk.width, len(vocabulary))
         for linear in (self.point_proj, self.head):
             nn.init.trunc_normal_(linear.weight, std=0.02)
+        if code == "sines":
+            # So that a point is at first what the patch around it is.
+            nn.init.eye_(self.point_proj.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
@@ -85,7 +92,9 @@ class ViTP(PointNamer, Receiver):
         tokens, grid = self.trunk.embed(pixels)
         # Half precision would move points by a quarter of a pixel.
         with torch.autocast(pixels.device.type, enabled=False):
-            own = self.point_proj(points.to(self.slot.dtype)) + self.slot
+            places = points.to(self.slot.dtype)
+            told = places if self.code == "place" else sine_positions.code(places, self.trunk.width)
+            own = self.point_proj(told) + self.slot
         tokens = torch.cat([own.to(tokens.dtype), tokens], 1)
         for index in range(self.trunk.depth):
             tokens = self.trunk.block(index, tokens, grid)

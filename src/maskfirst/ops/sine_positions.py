@@ -13,6 +13,18 @@ from maskfirst.frames import Size
 
 BASE = 10000.0
 EPSILON = 1e-6
+SLOWEST, FASTEST = 0.5, 5.7
+"""Turns of a place's code over a picture's side, of its slowest and its fastest sine."""
+
+
+def code(places: Float[Tensor, "*N 2"], width: int) -> Float[Tensor, "*N D"]:
+    """Sines and cosines of `places` (y, x) in [-1, 1], of amplitude 0.5; those that are near have codes that are alike."""
+    if width % 4:
+        raise ValueError(f"codes of places need a width that 4 divides, got {width}")
+    turns = torch.linspace(math.log(SLOWEST), math.log(FASTEST), width // 4, device=places.device).exp()
+    # A side has length 2.
+    angles = [axis[..., None] * (math.pi * turns).to(places.dtype) for axis in places.unbind(-1)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], -1) / 2
 
 
 def sine_positions(size: Size, width: int, device: torch.device) -> Float[Tensor, "N D"]:
