@@ -231,3 +231,109 @@ def test_tables_that_are_wrong(
     assert ended.code == code
     assert len(ended.err.splitlines()) == 1
     assert re.search(message, ended.err)
+
+
+def others(demo: Path) -> Path:
+    """Masks as of another tool: COCO's instance file of the validation pictures."""
+    return demo / "coco/instances_val.json"
+
+
+def test_predict_names_the_masks_of_a_file(run: Run, pointed: Path, demo: Path) -> None:
+    before = json.loads(others(demo).read_text())
+    ended = run(
+        "predict", pointed, demo / "images/val", "--masks", others(demo), "--task", "instance", "--out", "out",
+        "--least-score", "0",
+    )  # fmt: skip
+    assert ended.code == 0
+    after = json.loads(Path("out/instances.json").read_text())
+    masks = [{json.dumps(each["segmentation"]) for each in told["annotations"]} for told in (before, after)]
+    assert len(masks[0]) > 3
+    assert masks[0] == masks[1]
+    model = build.load(pointed)
+    things = [
+        name for name, index in zip(model.vocabulary.names, range(99), strict=False) if index in model.vocabulary.things
+    ]
+    names = {each["id"]: each["name"] for each in after["categories"]}
+    assert {names[each["category_id"]] for each in after["annotations"]} <= set(things)
+    # Blended at 0, they are called what the file calls them.
+    run(
+        "predict",
+        pointed,
+        demo / "images/val",
+        "--masks",
+        others(demo),
+        "--blend",
+        "0",
+        "--task",
+        "instance",
+        "--out",
+        "own",
+    )
+    own = json.loads(Path("own/instances.json").read_text())
+    assert sorted((each["category_id"], json.dumps(each["segmentation"])) for each in own["annotations"]) == sorted(
+        (each["category_id"], json.dumps(each["segmentation"])) for each in before["annotations"]
+    )
+
+
+def test_files_of_predictions_are_scored(run: Run, pointed: Path, demo: Path) -> None:
+    run("predict", pointed, demo / "images/val", "--masks", others(demo), "--task", "instance", "--out", "out")
+    ended = run("score", others(demo), "out/instances.json", "--task", "instance", "--json")
+    assert ended.code == 0
+    assert 0 <= json.loads(ended.out)["AP"] <= 1
+
+
+def test_evaluate_takes_the_masks_of_a_file(run: Run, trained: Path, pointed: Path, demo: Path) -> None:
+    data = f"data.val={{kind: folder, root: {demo}, split: val}}"
+    panoptic = demo / "coco/panoptic_val.json"
+    own = json.loads(
+        run("evaluate", pointed, "-s", data, "--masks", panoptic, "--blend", "0", "--task", "semantic", "--json").out
+    )
+    assert own["mIoU"] == 1.0
+    named = json.loads(run("evaluate", pointed, "-s", data, "--masks", panoptic, "--task", "semantic", "--json").out)
+    told = json.loads(
+        run(
+            "evaluate", trained, "-s", data, "--masks", panoptic, "--namer", pointed, "--blend", "0.4", "--matrix",
+            "--task", "semantic", "--json",
+        ).out
+    )  # fmt: skip
+    assert [*told["cells"]] == ["atm", "saved", "oracle"]
+    assert told["cells"]["saved"]["own"] == 1.0
+    assert told["cells"]["saved"]["oracle"] == 1.0
+    assert named["mIoU"] < 1.0
+
+
+def test_a_picture_without_masks_is_named_and_the_rest_goes_on(run: Run, pointed: Path, demo: Path) -> None:
+    ended = run("predict", pointed, demo / "images", "--masks", others(demo), "--out", "out")
+    assert ended.code == 1
+    lost, there = (len(list((demo / f"images/{split}").iterdir())) for split in ("train", "val"))
+    lines = ended.err.splitlines()
+    assert len(lines) == lost
+    assert "instances_val.json: no masks of picture 'train/" in lines[0]
+    assert len(list(Path("out/labels").rglob("*.png"))) == there
+
+
+@pytest.mark.parametrize(
+    ("weights", "masks", "options", "message"),
+    [
+        ("pointed", "nothing.json", (), "nothing.json: no such file or folder of masks"),
+        ("trained", "coco/instances_val.json", (), "namer class_head names its own proposer's masks alone"),
+        (
+            "pointed",
+            "foreign.json",
+            ("--blend", "0.4"),
+            "classes that the vocabulary does not have: 'sqare' Did you mean",
+        ),
+    ],
+)
+def test_masks_that_cannot_be_named(
+    run: Run, trained: Path, pointed: Path, demo: Path, weights: str, masks: str, options: tuple[str, ...], message: str
+) -> None:
+    told = json.loads(others(demo).read_text())
+    for each in told["categories"]:
+        each["name"] = each["name"].replace("square", "sqare")
+    (demo / "foreign.json").write_text(json.dumps(told))
+    model = {"trained": trained, "pointed": pointed}[weights]
+    ended = run("predict", model, demo / "images/val", "--masks", demo / masks, "--out", "out", *options)
+    assert ended.code == 2
+    assert len(ended.err.splitlines()) == 1
+    assert message in ended.err

@@ -115,7 +115,7 @@ def test_readme(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in main:
         maskfirst_command(command[1:], monkeypatch)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save("street.jpg")
-    assert run_page("README.md", monkeypatch) == 11
+    assert run_page("README.md", monkeypatch) == 16
     assert Path("scenes/panoptic.json").is_file()
     assert Path("out/overlays/street.jpg").is_file()
 
@@ -129,7 +129,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 
 
 def test_tutorial(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_page("docs/tutorial.md", monkeypatch) == 8
+    assert run_page("docs/tutorial.md", monkeypatch) == 13
     assert len(list(Path("pictures/overlays").iterdir())) == 3
 
 
@@ -154,11 +154,11 @@ def test_a_head_is_one_file_and_one_line(scratch: Path, monkeypatch: pytest.Monk
     test_contracts.test_menu_entries_keep_their_contract(Proposer, kind)
     for size in test_contracts.SIZES:
         test_contracts.test_losses_are_finite_and_reach_every_parameter(trio, size)
-        test_contracts.test_answers_are_home_sized(trio, size)
+        test_contracts.test_answers_are_home_sized(trio, size, lambda seen: seen)
     test_contracts.test_a_batch_is_its_pictures_one_by_one(trio)
     test_contracts.test_truth_without_a_class_has_finite_losses(trio)
     for task in ("semantic", "instance", "panoptic"):
-        test_contracts.test_tasks_are_done_or_refused_in_a_sentence(trio, task)
+        test_contracts.test_tasks_are_done_or_refused_in_a_sentence(trio, task, lambda seen: seen)
 
 
 def test_a_head_of_ones_own_needs_no_line(

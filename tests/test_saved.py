@@ -168,9 +168,7 @@ def test_crowds_are_left_out(tmp_path: Path) -> None:
 
 def test_foreign_names_are_listed_with_the_nearest_unless_left_out(tmp_path: Path) -> None:
     path = coco(tmp_path / "a.json", {"category_id": 1}, {"category_id": 2}, names=("cars", "zebra"))
-    wanted = (
-        r"a\.json: classes that the vocabulary does not have: 'cars' Did you mean 'car'\?, 'zebra'; leave the names"
-    )
+    wanted = r"a\.json: classes that the vocabulary does not have: 'cars' Did you mean 'car'\?, 'zebra'; its masks can"
     with pytest.raises(FormatError, match=wanted):
         model(path).predict(IMAGE, key="a/one")
     proposals = Saved(WORDS, str(path), names=False)(batch(["a/one"]))
@@ -186,7 +184,7 @@ INSTANCES: dict[str, tuple[list[dict[str, Any]], str]] = {
         r"annotations\[1\]: no category_id and no class_scores, which others have",
     ),
     "category": ([{"category_id": "car"}], r"annotations\[0\]: category_id should be a number, got 'car'"),
-    "unlisted": ([{"category_id": 7}], "category_id 7 is not among the categories; leave the names out"),
+    "unlisted": ([{"category_id": 7}], "category_id 7 is not among the categories; its masks can be taken without"),
     "score": ([{"category_id": 1, "score": 85}], r"annotations\[0\]: score 85.0 should lie in 0..1"),
     "score text": ([{"category_id": 1, "score": "high"}], r"annotations\[0\]: score should be a number, got 'high'"),
     "few": ([{"class_scores": [1]}], r"annotations\[0\]: class_scores should be 2 numbers, .* got 1 of them"),

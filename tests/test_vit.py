@@ -47,6 +47,25 @@ def test_a_trunk_that_turns_what_follows_its_class_token_keeps_it() -> None:
         TimmViT((64, 64), "vit_small_patch16_dinov3", class_token="absent", **SMALL)
 
 
+def test_one_that_begins_alike_looks_at_what_is_near() -> None:
+    """Of tokens that are their positions alone, every one attends most to itself, and on average more to its neighbours."""
+    torch.manual_seed(0)
+    trunk = TimmViT((128, 128), "vit_tiny_patch16_224", class_token="absent", start="alike", width=64, depth=2, heads=2)
+    table, block = trunk.vit.pos_embed[0].detach(), trunk.vit.blocks[1]
+    queries, keys, _ = block.attn.qkv(block.norm1(table)).chunk(3, -1)
+    assert torch.equal(queries, keys)
+    scores = queries @ keys.T
+    assert torch.equal(scores.argmax(1), torch.arange(64))
+    places = torch.cartesian_prod(torch.arange(8), torch.arange(8)).float()
+    beside = torch.cdist(places, places) == 1
+    assert scores[beside].mean() > 2 * scores[~beside].mean()
+
+
+def test_only_one_with_a_position_table_begins_alike() -> None:
+    with pytest.raises(ValueError, match="start alike: 'vit_small_patch16_dinov3' has no position table"):
+        TimmViT((64, 64), "vit_small_patch16_dinov3", start="alike", **SMALL)
+
+
 @pytest.mark.parametrize("side", [4, 6])
 def test_files_with_a_row_for_the_class_token_fit_a_vit_without_it(side: int) -> None:
     trunk, table = vit(class_token="absent"), torch.randn(1, 1 + side * side, 32)

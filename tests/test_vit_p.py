@@ -20,6 +20,7 @@ from maskfirst.namers.blend import Blend, mixed
 from maskfirst.namers.class_head import ClassHead
 from maskfirst.namers.given import Given
 from maskfirst.namers.vit_p import ViTP
+from maskfirst.ops.sine_positions import code
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.types import Batch, Names, Proposals
 
@@ -391,3 +392,14 @@ def test_a_blend_s_namers_are_told_the_queries_width() -> None:
 def test_a_blend_s_weight_is_a_share() -> None:
     with pytest.raises(ValueError, match=r"must lie in 0\.\.1"):
         Blend(Given(), Given(), weight=1.4)
+
+
+def test_a_point_in_sines_begins_as_the_patch_around_it() -> None:
+    """The token of a point in the middle of a patch is that patch's position."""
+    trunk = TimmViT((64, 64), "vit_tiny_patch16_224", width=32, depth=1, heads=2, class_token="absent", start="alike")
+    words = from_names(["a", "b"])
+    namer = ViTP(trunk, words, (64, 64), code="sines")
+    y, x = 2, 3
+    place = torch.tensor([2 * (16 * y + 8) / 64 - 1, 2 * (16 * x + 8) / 64 - 1])
+    torch.testing.assert_close(namer.point_proj(code(place, 32)), trunk.vit.pos_embed[0, 4 * y + x])
+    assert namer.classify(torch.rand(1, 3, 64, 64) * 255, place[None, None]).shape == (1, 1, 2)

@@ -98,7 +98,7 @@ Masks = Annotated[
     typer.Option(
         metavar="PATH",
         help="Name these masks, of whatever tool: COCO instance or panoptic JSON, a folder of .npz or PNG. "
-        "The weights need a namer of points.",
+        "The weights need a namer of points. What the file calls them counts with --blend.",
     ),
 ]
 Blend = Annotated[
@@ -203,7 +203,7 @@ def evaluate(
     if matrix and (proposer is not None or namer == Oracle.oracle):
         raise UserError("--matrix has the oracles already; leave --proposer oracle and --namer oracle out")
     names = None if namer in (None, Oracle.oracle) else namer
-    saved = None if masks is None else _saved(masks, segmenter)
+    saved = None if masks is None else _saved(masks, segmenter, blend is not None)
     segmenter = _composed(segmenter, None if matrix else saved, proposer is not None, names, blend, trust)
     if namer == Oracle.oracle:
         segmenter.namer = OracleNamer(segmenter.vocabulary)
@@ -354,7 +354,7 @@ def predict(
     # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     segmenter = build.load(chosen, device, trust)
-    saved = None if masks is None else _saved(masks, segmenter)
+    saved = None if masks is None else _saved(masks, segmenter, blend is not None)
     segmenter = _composed(segmenter, saved, False, namer, blend, trust).to(device)
     painted = None if colors is None else _colors(segmenter.vocabulary, colors)
     low = torch.autocast(device, torch.bfloat16, enabled=precision is Precision.bf16)
@@ -572,11 +572,13 @@ def _of_weights(name: str, changes: list[str] | None, trusted: bool) -> "Experim
     return Experiment(replace(changed, trusted=trusted), file.vocabulary)
 
 
-def _saved(masks: Path, segmenter: "Segmenter") -> "Proposer":
-    """The masks of a file, whose own names count where they are to be blended in."""
+def _saved(masks: Path, segmenter: "Segmenter", named: bool) -> "Proposer":
+    """The masks of a file, opened. `named`: what it calls them is wanted, and must be of the vocabulary."""
     from maskfirst.proposers.saved import Saved
 
-    return Saved(segmenter.vocabulary, str(masks))
+    found = Saved(segmenter.vocabulary, str(masks), named)
+    # Now, so that a wrong path is told before any picture is read.
+    return found.opened()
 
 
 def _composed(

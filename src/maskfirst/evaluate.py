@@ -117,10 +117,11 @@ def evaluate(
     for done, (index, reading) in enumerate(ahead(dataset.__getitem__, shard, workers), 1):
         try:
             sample = reading.result()
+            answer = measure.answer(predicted(sample))
         except ImageError as error:
             failed.append((index, str(error)))
         else:
-            own = total.update(measure.truth(sample, vocabulary), measure.answer(predicted(sample)), index)
+            own = total.update(measure.truth(sample, vocabulary), answer, index)
             if own is not None:
                 least = sorted([*least, (own, index)])[:worst]
         if progress is not None:

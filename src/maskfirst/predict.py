@@ -85,11 +85,11 @@ def predict_files(
         for done, (each, reading) in enumerate(ahead(lambda each: read_image(each.file), todo, workers), len(kept) + 1):
             try:
                 image = reading.result()
+                # Reduced here, so that no masks wait in the queue.
+                answer = output.reduced(segmenter.predict(image, task, augment=augment, key=each.name))
             except ImageError as error:
                 summary.failed.append({"file": str(each.file), "error": str(error)})
             else:
-                # Reduced here, so that no masks wait in the queue.
-                answer = output.reduced(segmenter.predict(image, task, augment=augment, key=each.name))
                 job = pool.submit(writer.write, each, image, answer)
                 written[each] = job
                 waiting.append(job)

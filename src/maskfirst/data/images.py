@@ -44,7 +44,10 @@ _TURNS = {
 
 
 class ImageError(UserError):
-    """A picture or label map that cannot be read; the message names the file and what is wrong with it."""
+    """A picture, its label map or its masks that cannot be read; the message names the file and what is wrong with it.
+
+    It is of this picture alone: whoever goes through many names it and goes on.
+    """
 
 
 def read_image(path: Path | str, limit: int = PIXELS) -> UInt8[Tensor, "3 H W"]:

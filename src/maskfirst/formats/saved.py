@@ -34,7 +34,7 @@ DEFLATED = 1032
 ARRAYS = ("masks", "scores", "classes", "class_scores")
 LOOK = 20
 """PNGs that are looked into to tell whether each holds one mask or all of a picture."""
-ALONE = "leave the names out (`names: false`) to take the masks alone"
+ALONE = "its masks can be taken without their names (`names: false`)"
 
 
 @dataclass(frozen=True, eq=False)

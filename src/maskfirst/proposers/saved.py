@@ -9,6 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from maskfirst.contracts import Proposer
+from maskfirst.data.images import ImageError
 from maskfirst.errors import UserError
 from maskfirst.formats import saved as files
 from maskfirst.frames import Size
@@ -19,8 +20,8 @@ from maskfirst.types import TASKS, Batch, Proposals, Vocabulary
 class Saved(Proposer):
     """The masks in a file or folder, each picture's by its key. They are looked for when the first picture is asked for.
 
-    Scores become names as `formats.saved.open_saved` says. UserError where the files have no such picture, masks of another
-    size, or names that the vocabulary does not have.
+    Scores become names as `formats.saved.open_saved` says. UserError where the files cannot be read, or have names that the
+    vocabulary does not have; ImageError where they have no such picture, or its masks are of another size.
     """
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "saved", "masks": "masks"}
@@ -44,6 +45,11 @@ class Saved(Proposer):
         """What `masks` leads to. Raises UserError."""
         return files.open_saved(self.masks, self.vocabulary)
 
+    def opened(self) -> "Saved":
+        """Itself, the files having been looked for. Raises UserError."""
+        _ = self.saved
+        return self
+
     def forward(self, batch: Batch) -> Proposals:
         found = [self._read(key, frame.original) for key, frame in zip(batch.keys, batch.frames, strict=True)]
         masks = [frame.lay(one.masks.to(batch.pixels.device)) for one, frame in zip(found, batch.frames, strict=True)]
@@ -65,5 +71,10 @@ class Saved(Proposer):
     def _read(self, key: str, size: Size) -> files.Masks:
         """Kept for the next window of the same picture."""
         if self._last is None or self._last[:2] != (key, size):
-            self._last = (key, size, self.saved.read(key, size))
+            opened = self.saved
+            try:
+                self._last = (key, size, opened.read(key, size))
+            except UserError as error:
+                # Of this picture alone: others can be answered.
+                raise ImageError(str(error)) from error
         return self._last[2]
