@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from maskfirst.build import MENUS, Experiment
+from maskfirst.compose import with_names
 from maskfirst.contracts import Backbone, Criterion, Namer, Proposer, Trunk
 from maskfirst.data.vocabulary import from_names
 from maskfirst.errors import UserError
@@ -173,6 +174,29 @@ def test_tasks_are_done_or_refused_in_a_sentence(
     else:
         with pytest.raises(UserError, match=f"cannot do the {task} task, only: "):
             model.predict(seen.image, task, truth=truth)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("trio", [trio for trio in TRIOS if trio[1] in ("class_head", "given")], ids="-".join)
+def test_points_name_the_masks_of_every_proposer(
+    trio: tuple[str, str, str], task: str, saved: Callable[[Sample], Sample]
+) -> None:
+    """In a blend of weight 0 nothing changes, and one of 0.4 answers every task that the proposer can."""
+    model, points = segmenter(*trio).eval(), segmenter("oracle", "vit_p", "pixel", seed=1).eval()
+    seen = saved(sample((SIDE, SIDE)))
+    if task not in model.proposer.tasks:
+        with pytest.raises(UserError, match="cannot do the"):
+            with_names(model, points).predict(seen.image, task, key=seen.key)
+        return
+    truth = seen.truth if model.uses_truth else None
+    before = model.predict(seen.image, task, truth=truth, key=seen.key)
+    same, blended = (
+        with_names(model, points, weight).predict(seen.image, task, truth=truth, key=seen.key) for weight in (0.0, 0.4)
+    )
+    for name in ("masks", "classes", "scores"):
+        assert torch.equal(getattr(same, name), getattr(before, name))
+    assert blended.masks.shape[-2:] == (SIDE, SIDE)
+    assert blended.scores.isfinite().all()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
