@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
-from maskfirst.convert import beit, eomt, mask2former, segvit, strangers, uni_perceiver, vit, vit_adapter, vit_p
+from maskfirst.convert import (
+    beit,
+    eomt,
+    internimage,
+    mask2former,
+    segvit,
+    strangers,
+    uni_perceiver,
+    vit,
+    vit_adapter,
+    vit_p,
+)
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
 from maskfirst.errors import UserError, listed
@@ -76,6 +87,13 @@ ORIGINS: tuple[Whole | Part, ...] = (
         vit_adapter.rules,
     ),
     Whole(
+        "InternImage",
+        internimage.recognises,
+        lambda tensors: str(internimage.facts(tensors)),
+        internimage.plan,
+        internimage.rules,
+    ),
+    Whole(
         "Mask2Former",
         mask2former.recognises,
         lambda tensors: str(mask2former.facts(tensors)),
@@ -92,6 +110,14 @@ ORIGINS: tuple[Whole | Part, ...] = (
         _TRUNK,
         uni_perceiver.build,
         lambda keys: uni_perceiver.rules(),
+    ),
+    Part(
+        "an InternImage",
+        internimage.is_alone,
+        "proposer.backbone",
+        internimage.build,
+        internimage.part_rules,
+        internimage.BEGUN,
     ),
     Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, lambda keys: vit.timm_rules(), _SCALES),
 )
