@@ -125,8 +125,8 @@ class Branch(nn.Module):
         self.drop_path: nn.Module = load_timm().layers.DropPath(drop_path)
 
     def forward(self, maps: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
-        made = self.after(self.part(self.before(maps)))
-        return maps + self.drop_path(made if self.scale is None else self.scale * made)
+        made = self.drop_path(self.after(self.part(self.before(maps))))
+        return maps + made if self.scale is None else torch.addcmul(maps, made, self.scale)
 
 
 class Block(nn.Module):
