@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from maskfirst.backbones import deformable
 from maskfirst.backbones.deformable import DeformableAttention, places_on
+from maskfirst.ops import deformable_attention as ops
 from maskfirst.ops.deformable_attention import deformable_attention, deformable_attention_by_gather, to_places
 from maskfirst.ops.sine_positions import sine_positions
 
@@ -58,6 +59,16 @@ def test_it_is_grid_sample_and_so_are_its_gradients(
     gradients = torch.autograd.grad(output, ours, cotangent)
     for gradient, expected in zip(gradients, torch.autograd.grad(reference, theirs, cotangent), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=10 * atol, atol=10 * atol)
+
+
+def test_runs_of_queries_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    value, locations, weights = given(-0.3, 1.3)
+    arguments = (value, SIZES, to_places(locations, SIZES), weights)
+    whole = deformable_attention(*arguments)
+    for samples in (1, 2 * 2 * 3 * 4 * 4):
+        monkeypatch.setattr(ops, "SAMPLES", samples)
+        with torch.inference_mode():
+            assert torch.equal(deformable_attention(*arguments), whole)
 
 
 @pytest.mark.parametrize("way", WAYS)

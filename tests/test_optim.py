@@ -84,6 +84,13 @@ def test_early_layers_learn_slower() -> None:
     assert [found[name][0] for name in names] == [2 * 0.5**3, 2 * 0.5**3, 2 * 0.5**2, 2 * 0.5, 2.0, 2.0]
 
 
+def test_blocks_of_all_stages_are_counted_through() -> None:
+    stages = ["0.entrance", "0.blocks.0", "0.blocks.1", "0.norm", "1.entrance", "1.blocks.0", "1.norm"]
+    names = [f"stages.{each}.a" for each in stages]
+    found = settings_of(parameter_groups(named(*names), Optimizer(lr=1.0), [Group(".*", layer_decay=0.5)]))
+    assert [found[name][0] for name in names] == [0.5**4, 0.5**3, 0.5**2, 0.5, 0.5, 0.5, 1.0]
+
+
 def test_some_learn_as_slowly_as_the_embeddings_wherever_they_lie() -> None:
     names = ["vit.pos_embed", "vit.blocks.0.a", "vit.blocks.1.a", "head.queries", "head.a", "name.a"]
     rules = [Group(r"vit\..*|head\.queries|name\..*", layer_decay=0.5, first=r"head\..*|name\..*")]

@@ -66,6 +66,22 @@ def test_only_one_with_a_position_table_begins_alike() -> None:
         TimmViT((64, 64), "vit_small_patch16_dinov3", start="alike", **SMALL)
 
 
+@pytest.mark.parametrize("patch", [8, 16])
+def test_a_stem_takes_the_place_of_the_patch_embedding(patch: int) -> None:
+    trunk = TimmViT((64, 64), f"vit_small_patch{patch}_224", stem=4, **SMALL).eval()
+    tokens, grid = trunk.embed(torch.rand(1, 3, 64, 32) * 255)
+    assert grid == (64 // patch, 32 // patch)
+    assert tokens.shape == (1, grid[0] * grid[1], 32)
+    convolutions = [part for part in trunk.vit.patch_embed.proj.modules() if isinstance(part, torch.nn.Conv2d)]
+    assert [part.out_channels for part in convolutions] == [*(4, 8, 16)[: len(convolutions) - 1], 32]
+    assert 2 ** len(convolutions) == patch
+
+
+def test_only_patches_that_halving_makes_have_a_stem() -> None:
+    with pytest.raises(ValueError, match="stem: patches of 14 px are not made by halving"):
+        TimmViT((56, 56), "vit_small_patch14_dinov2", stem=4, **SMALL)
+
+
 @pytest.mark.parametrize("side", [4, 6])
 def test_files_with_a_row_for_the_class_token_fit_a_vit_without_it(side: int) -> None:
     trunk, table = vit(class_token="absent"), torch.randn(1, 1 + side * side, 32)

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,8 @@ class Group:
 
     `lr` multiplies the learning rate. `decay` is the weight decay itself. `layer_decay` makes early layers learn slower:
     the rate of layer i of a trunk of depth d is multiplied by layer_decay^(d + 1 - i), where the embeddings are layer 0,
-    `blocks.<i>.` layer i + 1, and what follows the blocks layer d + 1 (BEiT; Bao et al., 2021). Names that the regular
+    `blocks.<i>.` layer i + 1, and what follows the blocks layer d + 1 (BEiT; Bao et al., 2021). Blocks of several stages are
+    counted through, and what lies between two stages is of the layer of the block after it. Names that the regular
     expression `first` fits are layer 0, wherever they lie.
     """
 
@@ -173,14 +175,25 @@ def _layer_scales(names: Sequence[str], layer_decay: float, first: str | None, p
     if first is not None and not slowest:
         raise UserError(f"{place}.first: '{first}' fits none of the {len(names)} names that `match` does")
     blocks = [re.search(r"(?:^|\.)blocks\.(\d+)\.", name) for name in names]
-    depth = max((int(found[1]) + 1 for found in blocks if found), default=0)
+    stages: dict[str, int] = {}
+    for found in blocks:
+        if found:
+            stage = found.string[: found.start()]
+            stages[stage] = max(stages.get(stage, 0), int(found[1]) + 1)
+    depth = sum(stages.values())
     if depth == 0:
         raise UserError(
             f"{place}.layer_decay: none of the {len(names)} parameters has 'blocks.<i>.' in its name; "
             "match those of a plain ViT"
         )
+    before = dict(zip(stages, accumulate(stages.values(), initial=0), strict=False))
     start = next(i for i, found in enumerate(blocks) if found)
-    layers = [int(found[1]) + 1 if found else (0 if i < start else depth + 1) for i, found in enumerate(blocks)]
+    layers = [0] * start
+    following = depth + 1
+    for found in reversed(blocks[start:]):
+        if found:
+            following = before[found.string[: found.start()]] + int(found[1]) + 1
+        layers.insert(start, following)
     return {
         name: layer_decay ** (depth + 1 - (0 if name in slowest else layer))
         for name, layer in zip(names, layers, strict=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import (
     answers,
+    internimage,
     mask2former,
     scores,
     tables,
@@ -21,7 +22,7 @@ from .rows import Row, failed
 from .variant import variant
 
 PROSE = {".md", ".txt"}
-FILES = tables.FILES | vit_adapter_settings.FILES | vit_adapter.FILES | vit_adapter_recipes.FILES
+FILES = tables.FILES | vit_adapter_settings.FILES | vit_adapter.FILES | vit_adapter_recipes.FILES | internimage.FILES
 """File name -> what compares it."""
 KINDS = {
     "Mask2Former MaskFormerHead (pixel decoder + masked decoder)": mask2former.original_head,
@@ -32,6 +33,7 @@ KINDS = {
     "Hungarian matcher + set criterion": answers.criterion,
     "ViT-P glue: point of every mask, class fusion (two variants)": vit_p.fusion,
     "UPerHead (PSP scales 1,2,3,6) + FCN auxiliary head, BN eval": upernet.head,
+    **internimage.KINDS,
 }
 """What a config.json says it is of -> what compares it, with io.npz and state.safetensors beside it."""
 

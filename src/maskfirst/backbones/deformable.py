@@ -34,6 +34,12 @@ def at_least_single(tensor: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def softmax_of_few(scores: Float[Tensor, "*S P"]) -> Float[Tensor, "*S P"]:
+    """The softmax of short rows, for which torch's takes five times as long."""
+    shares = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    return shares / shares.sum(-1, keepdim=True)
+
+
 class DeformableAttention(nn.Module):
     """Each query looks at `points` places of each of `levels` maps for each head.
 
@@ -91,9 +97,7 @@ class DeformableAttention(nn.Module):
     ) -> Float[Tensor, "B Q _W"]:
         offsets = at_least_single(offsets).unflatten(-1, (self.heads, self.levels, self.points, 2))
         scores = at_least_single(scores).unflatten(-1, (self.heads, -1))
-        # torch's softmax of so short rows takes five times as long.
-        shares = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-        shares = (shares / shares.sum(-1, keepdim=True)).unflatten(-1, (self.levels, self.points))
+        shares = softmax_of_few(scores).unflatten(-1, (self.levels, self.points))
         # As many rows as offsets, so that the sum does not fall into pieces of two numbers.
         around = places[:, None, :, None].expand(-1, self.heads, -1, self.points, -1).contiguous()
         return deformable_attention(value.unflatten(-1, (self.heads, -1)), sizes, around + offsets, shares)

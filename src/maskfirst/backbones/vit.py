@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
+from maskfirst.backbones.stem_vit import NormConv
 from maskfirst.backbones.swin import windows
 from maskfirst.backbones.timm_models import create, load_timm, pretrained_model, resize_kernel, take_over
 from maskfirst.contracts import Backbone, Receiver, Resizable, Trunk
@@ -82,7 +83,8 @@ class TimmViT(Trunk, Resizable, Receiver):
     batch, as its own training does with 2; None: never. `start`: how a model begins that nobody has trained: as timm's, or
     "alike", with sines for positions and with queries and keys alike, so that tokens look at what is near and like them; it
     learns from few pictures in a fraction of the steps (Trockman and Kolter, "Mimetic Initialization of Self-Attention
-    Layers", 2023).
+    Layers", 2023). `stem`: channels of the first of the 3x3 convolutions that take the place of the patch embedding, for
+    training from scratch (Xiao et al., "Early Convolutions Help Transformers See Better", 2021); None: none.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class TimmViT(Trunk, Resizable, Receiver):
         windowed: tuple[int, ...] = (),
         zoom: float | None = None,
         start: Literal["timm", "alike"] = "timm",
+        stem: int | None = None,
         pretrained: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
@@ -140,6 +143,8 @@ class TimmViT(Trunk, Resizable, Receiver):
             raise ValueError(f"class_token absent: '{model}' turns what follows its class token; leave the key out")
         if interpolate_offset is not None and self.vit.pos_embed is None:
             raise ValueError(f"interpolate_offset: '{model}' has no position table to resize; leave the key out")
+        if stem is not None:
+            self.vit.patch_embed.proj = _stem(stem, self.vit.patch_embed.patch_size[0], self.vit.embed_dim)
         if start == "alike" and self.rotary:
             raise ValueError(f"start alike: '{model}' has no position table to begin with sines; leave the key out")
         if start == "alike":
@@ -299,6 +304,16 @@ class TimmViT(Trunk, Resizable, Receiver):
         elif row is not None and self.vit.no_embed_class and theirs is not None and theirs.shape == token.shape:
             token.copy_(theirs + row)
         return ()
+
+
+def _stem(channels: int, patch: int, width: int) -> nn.Sequential:
+    """3x3 convolutions of stride 2, each of twice the channels of the one before and the last of `width`."""
+    halvings = patch.bit_length() - 1
+    if patch != 2**halvings or patch < 4:
+        raise ValueError(f"stem: patches of {patch} px are not made by halving; take a model with patches of 16 or 8")
+    widths = [3, *(channels * 2**place for place in range(halvings - 1))]
+    convolutions = [part for pair in pairwise(widths) for part in (NormConv(*pair, 2), nn.ReLU())]
+    return nn.Sequential(*convolutions, nn.Conv2d(widths[-1], width, 3, 2, 1))
 
 
 @torch.no_grad()

@@ -13,8 +13,20 @@ from torch import Tensor, nn
 from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
-from maskfirst.contracts import Receiver, Trunk
-from maskfirst.convert import beit, dinov2, eomt, mask2former, segvit, strangers, uni_perceiver, vit, vit_adapter, vit_p
+from maskfirst.contracts import Backbone, Receiver, Trunk
+from maskfirst.convert import (
+    beit,
+    dinov2,
+    eomt,
+    internimage,
+    mask2former,
+    segvit,
+    strangers,
+    uni_perceiver,
+    vit,
+    vit_adapter,
+    vit_p,
+)
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
 from maskfirst.errors import UserError, listed
@@ -51,9 +63,9 @@ class Whole:
 class Part:
     """An origin of pretrained parts. Its functions are given the foreign keys, or the tensors by them.
 
-    `place`: where in most recipes such a part, a trunk, stands. `build`: an equal part of ours, without memory; may raise
-    LookupError where a key or an axis is missing, UserError for tensors that cannot be taken over. `begun`: what a recipe may
-    add to such a part, a regular expression of our keys; it keeps what the recipe begins it with.
+    `place`: where in most recipes such a part stands, and `kind`: what it is there. `build`: an equal part of ours, without
+    memory; may raise LookupError where a key or an axis is missing, UserError for tensors that cannot be taken over. `begun`:
+    what a recipe may add to such a part, a regular expression of our keys; it keeps what the recipe begins it with.
     """
 
     name: str
@@ -62,6 +74,7 @@ class Part:
     build: Callable[[Tensors], nn.Module]
     rules: Callable[[Collection[str]], Sequence[Rule]]
     begun: str = ""
+    kind: type[Trunk] | type[Backbone] = Trunk
 
 
 _TRUNK = "proposer.backbone.trunk"
@@ -75,6 +88,13 @@ ORIGINS: tuple[Whole | Part, ...] = (
         lambda tensors: str(vit_adapter.facts(tensors)),
         vit_adapter.plan,
         vit_adapter.rules,
+    ),
+    Whole(
+        "InternImage",
+        internimage.recognises,
+        lambda tensors: str(internimage.facts(tensors)),
+        internimage.plan,
+        internimage.rules,
     ),
     Whole(
         "Mask2Former",
@@ -95,6 +115,15 @@ ORIGINS: tuple[Whole | Part, ...] = (
         lambda keys: uni_perceiver.rules(),
     ),
     Part("a DINOv2", dinov2.recognises, _TRUNK, dinov2.build, lambda keys: dinov2.rules()),
+    Part(
+        "an InternImage",
+        internimage.is_alone,
+        "proposer.backbone",
+        internimage.build,
+        internimage.part_rules,
+        internimage.BEGUN,
+        Backbone,
+    ),
     Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, lambda keys: vit.timm_rules(), _SCALES),
 )
 """The first that recognises a checkpoint's keys counts."""
@@ -250,16 +279,16 @@ def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | Non
 
 
 def _places(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The trunks of a recipe that it fits, and what loading it there will do beside taking over.
+    """The parts of a recipe that it fits, and what loading it there will do beside taking over.
 
     Raises ConvertError unless the recipe has one, all of whose tensors are here, can be resized from here or begin on their
     own.
     """
     segmenter = Experiment(recipe).segmenter(meta=True)
-    trunks = {name: part for name, part in segmenter.named_modules() if isinstance(part, Trunk)}
-    if not trunks:
+    parts = {name: part for name, part in segmenter.named_modules() if isinstance(part, origin.kind)}
+    if not parts:
         raise ConvertError(f"{checkpoint}: {origin.name}, and {recipe.name} has no {origin.place} to put it in")
-    fates = {place: _fates(part, ours, origin) for place, part in trunks.items()}
+    fates = {place: _fates(part, ours, origin) for place, part in parts.items()}
     fitting = tuple(place for place, (wrong, _) in fates.items() if not wrong)
     if not fitting:
         place, (wrong, _) = next(iter(fates.items()))
