@@ -19,7 +19,7 @@ from maskfirst.namers import points
 from maskfirst.namers.blend import Blend, mixed
 from maskfirst.namers.class_head import ClassHead
 from maskfirst.namers.given import Given
-from maskfirst.namers.vit_p import ViTP
+from maskfirst.namers.vit_p import ViTP, spread
 from maskfirst.ops.sine_positions import code
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.types import Batch, Names, Proposals
@@ -403,3 +403,28 @@ def test_a_point_in_sines_begins_as_the_patch_around_it() -> None:
     place = torch.tensor([2 * (16 * y + 8) / 64 - 1, 2 * (16 * x + 8) / 64 - 1])
     torch.testing.assert_close(namer.point_proj(code(place, 32)), trunk.vit.pos_embed[0, 4 * y + x])
     assert namer.classify(torch.rand(1, 3, 64, 64) * 255, place[None, None]).shape == (1, 1, 2)
+
+
+def test_places_spread_evenly_however_many_they_are() -> None:
+    for count in (10, 100):
+        places = spread(count)
+        assert ((places >= -1) & (places < 1)).all()
+        # Every quarter has its share, give or take one in ten or two, and no two places are close.
+        for sides in torch.cartesian_prod(torch.tensor([-1, 1]), torch.tensor([-1, 1])):
+            inside = (places * sides > 0).all(1).sum()
+            assert abs(inside - count / 4) <= max(2, count / 10)
+        apart = torch.cdist(places, places).fill_diagonal_(9).min()
+        assert apart > 0.6 * (4 / count) ** 0.5
+        assert torch.equal(spread(count), places)
+    assert torch.equal(spread(100)[:10], spread(10))
+
+
+def test_few_points_are_named_among_others_that_nobody_asked_for() -> None:
+    namer, pixels = tiny(at_least=6), torch.rand(2, 3, 32, 48) * 255
+    asked = torch.tensor([[[0.1, 0.2], [-0.7, 0.5]], [[0.3, -0.4], [0.0, 0.0]]])
+    plain = tiny()
+    among = torch.cat([asked, spread(4).expand(2, -1, -1)], 1)
+    torch.testing.assert_close(namer.classify(pixels, asked), plain.classify(pixels, among)[:, :2])
+    assert not torch.allclose(namer.classify(pixels, asked), plain.classify(pixels, asked))
+    # As many as that, or more, are left alone.
+    torch.testing.assert_close(namer.classify(pixels, among), plain.classify(pixels, among))

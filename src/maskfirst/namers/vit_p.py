@@ -19,6 +19,8 @@ from maskfirst.namers import points
 from maskfirst.ops import sine_positions
 from maskfirst.types import Batch, Names, Proposals, Vocabulary
 
+PLASTIC = 1.32471795724474602596
+"""The real root of x^3 = x + 1."""
 STRIP = 64
 """Rows of masks that are enlarged at a time."""
 
@@ -39,7 +41,8 @@ class ViTP(PointNamer, Receiver):
     "picture"'s own size. `with_padding`: the picture is seen with the padding of its canvas while points are told without it;
     this, and "picture", is the published evaluation in detectron2. Else the part of a canvas that shows the picture is what is
     seen, mirrored where the canvas is, and windows alone. `code`: what a point is told by: its place, as published, or the
-    "sines" of it by which a trunk with `start: alike` tells its patches apart.
+    "sines" of it by which a trunk with `start: alike` tells its patches apart. `at_least`: points look at each other, so that
+    one trained with many misjudges few; to these others are added, spread evenly, until there are so many.
     """
 
     example: ClassVar[Mapping[str, Any]] = {
@@ -57,6 +60,7 @@ class ViTP(PointNamer, Receiver):
         read_at: Literal["grid", "picture"] = "grid",
         with_padding: bool = False,
         code: Literal["place", "sines"] = "place",
+        at_least: int = 0,
     ) -> None:
         super().__init__()
         if any(side < 1 or side % trunk.patch for side in size):
@@ -70,6 +74,7 @@ class ViTP(PointNamer, Receiver):
         self.read_at = read_at
         self.with_padding = with_padding
         self.code = code
+        self.at_least = at_least
         self.point_proj = nn.Linear(2 if code == "place" else trunk.width, trunk.width, bias=False)
         self.slot = nn.Parameter(torch.zeros(trunk.width))
         if trunk.class_position is not None:
@@ -90,6 +95,10 @@ class ViTP(PointNamer, Receiver):
 
     def classify(self, pixels: Float[Tensor, "B 3 H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:
         tokens, grid = self.trunk.embed(pixels)
+        asked = points.shape[1]
+        if asked < self.at_least:
+            others = spread(self.at_least - asked).to(points)
+            points = torch.cat([points, others.expand(len(points), -1, -1)], 1)
         # Half precision would move points by a quarter of a pixel.
         with torch.autocast(pixels.device.type, enabled=False):
             places = points.to(self.slot.dtype)
@@ -98,7 +107,7 @@ class ViTP(PointNamer, Receiver):
         tokens = torch.cat([own.to(tokens.dtype), tokens], 1)
         for index in range(self.trunk.depth):
             tokens = self.trunk.block(index, tokens, grid)
-        return self.head(self.trunk.norm(tokens[:, : points.shape[1]]))
+        return self.head(self.trunk.norm(tokens[:, :asked]))
 
     @torch.no_grad()
     def receive(self, tensors: Mapping[str, Tensor]) -> Collection[str]:
@@ -158,3 +167,13 @@ class ViTP(PointNamer, Receiver):
             place = torch.where(higher, there + first * rows.width, place)
             best = most if best is None else torch.where(higher, most, best)
         return torch.stack([place // rows.width, place % rows.width], 1)
+
+
+def spread(count: int) -> Float[Tensor, "N 2"]:
+    """Places (y, x) in [-1, 1) that lie evenly however many they are, always the same.
+
+    By multiples of the two numbers that are for the plane what the golden ratio is for the line (Roberts, "The Unreasonable
+    Effectiveness of Quasirandom Sequences", 2018).
+    """
+    steps = torch.tensor([PLASTIC**-1, PLASTIC**-2], dtype=torch.float64)
+    return (2 * (torch.arange(1, count + 1, dtype=torch.float64)[:, None] * steps % 1) - 1).float()

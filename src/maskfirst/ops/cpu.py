@@ -77,14 +77,16 @@ def _convolved(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _attended(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    queries, keys = queries * queries.shape[-1] ** -0.5, keys.transpose(-2, -1)
-    heads, count = queries[..., 0, 0].numel(), queries.shape[-2]
-    found = torch.empty_like(queries)
-    step = max(1, SCORES // (heads * keys.shape[-1]))
-    for first in range(0, count, step):
-        scores = queries[..., first : first + step, :] @ keys
-        found[..., first : first + step, :] = scores.softmax(-1) @ values
-    return found
+    # Flat and in a row at once: products of many axes would copy keys and values for every run of queries.
+    flat = (queries * queries.shape[-1] ** -0.5).flatten(0, -3)
+    keys = keys.flatten(0, -3).transpose(1, 2).contiguous()
+    values = values.flatten(0, -3).contiguous()
+    found = torch.empty_like(flat)
+    step = max(1, SCORES // (len(flat) * keys.shape[-1]))
+    for first in range(0, flat.shape[1], step):
+        scores = torch.bmm(flat[:, first : first + step], keys)
+        found[:, first : first + step] = torch.bmm(scores.softmax(-1), values)
+    return found.view(queries.shape)
 
 
 def _attention_is_won(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
