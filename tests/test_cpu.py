@@ -99,5 +99,24 @@ def test_attention_in_bf16_is_attention_without_its_fused_kernel(
         F.scaled_dot_product_attention(*parts, attn_mask=None, dropout_p=0.0)
         assert len(seen) == 14
     with cpu.fast_on_cpu():
+        # To be differentiated, and all at once.
         F.scaled_dot_product_attention(*parts)
-    assert len(seen) == 14
+        assert len(seen) == 15
+        # Too many to be kept.
+        monkeypatch.setattr(cpu, "KEPT", 2 * 3 * 50 * 50 - 1)
+        F.scaled_dot_product_attention(*parts)
+    assert len(seen) == 15
+
+
+def test_attention_in_bf16_learns_as_in_fp32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(2, 3, 50, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    parts = [each.detach().bfloat16().requires_grad_() for each in whole]
+    toward = torch.randn(2, 3, 50, 16, generator=generator)
+    (F.scaled_dot_product_attention(*whole) * toward).sum().backward()
+    with cpu.fast_on_cpu():
+        (F.scaled_dot_product_attention(*parts).float() * toward).sum().backward()
+    for exact, found in zip(whole, parts, strict=True):
+        assert exact.grad is not None
+        assert found.grad is not None
+        torch.testing.assert_close(found.grad.float(), exact.grad, rtol=0.03, atol=0.03)
