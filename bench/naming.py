@@ -1,12 +1,15 @@
-"""Who should name the masks? `python -m bench.naming --masks ATM=WEIGHTS ... --names fine=RUN,RUN ... --out FILE.json`
+"""Who should name the masks? `python -m bench.naming --names fine=RUN,RUN ... [--masks WEIGHTS] --out FILE.json`
 
-Semantic mIoU of every stage 1 (`--masks`) and of the true masks under the names by points (`--names`, the runs of several
-seeds each) at every weight of the blend, on the validation pictures; on the test pictures with the weight that the validation
-pictures like best, with the first names alone, with the points' alone, and with true names. On true masks, a point's names are
-held against two that need none: the class that most masks of the training pictures have, and a linear probe, fitted to those
-masks, of what the same trunk makes of their patches on average. The data is that of the first of `--names`.
+Names by points (`--names`, the runs of several seeds each) for the true masks, or for those of a stage 1 (`--masks`).
 
-The stage 1 sees every picture once, and so does every namer; blends are made of what they said.
+For a stage 1: semantic mIoU at every weight of the blend on the validation pictures; on the test pictures at the weight that
+the validation pictures like best, with the first names alone, with the points' alone, and with true names. It sees every
+picture once, and so does every namer; blends are made of what they said.
+
+For true masks: mIoU and the share of masks named right, beside two that need no points: the class that most masks of the
+training pictures have, and a linear probe, fitted to those masks, of what the same trunk makes of their patches on average.
+
+The data is that of the first of `--names`.
 """
 
 import argparse
@@ -79,7 +82,7 @@ def sweep(
 ) -> dict[str, Any]:
     """mIoU of a stage 1: `own` and `oracle` names, and by namer and weight."""
     proposer, own = SeenOnce(stage.proposer), NamedOnce(stage.namer)
-    models = {("own", 0.0): own, ("oracle", 0.0): OracleNamer(stage.vocabulary)}
+    models = {("own", 0.0): own, ("oracle", 0.0): Blend(own, OracleNamer(stage.vocabulary), 1.0)}
     for name, namer in namers.items():
         once = NamedOnce(namer)
         models |= {(name, weight): Blend(own, once, weight) for weight in blends if weight}
@@ -195,50 +198,54 @@ def best_weight(runs: Sequence[Mapping[str, float]]) -> float:
     return max(WEIGHTS, key=lambda weight: statistics.mean(run[f"{weight:g}"] for run in runs))
 
 
-def named(text: str) -> tuple[str, str]:
-    """NAME=PATH of the command line."""
+def named(text: str) -> tuple[str, list[Path]]:
+    """NAME=PATH,PATH of the command line."""
     name, _, value = text.partition("=")
     if not name or not value:
-        raise argparse.ArgumentTypeError(f"{text}: should be NAME=PATH")
-    return name, value
+        raise argparse.ArgumentTypeError(f"{text}: should be NAME=PATH,PATH")
+    return name, [Path(path) for path in value.split(",")]
 
 
 def main() -> None:
-    """Reads the command line, goes through stages and namers, writes the file after each, and prints the table."""
+    """Reads the command line, goes through the pictures, writes the file and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--masks", nargs="+", type=named, required=True, help="NAME=WEIGHTS of a stage 1")
+    parser.add_argument("--masks", help="weights of a stage 1; the true masks by default")
     parser.add_argument("--names", nargs="+", type=named, required=True, help="NAME=RUN,RUN,... of ViT-P")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    stages = dict(given.masks)
-    runs = {f"{name}-{place}": Path(run) for name, all in given.names for place, run in enumerate(all.split(","))}
+    runs = {f"{name}-{place}": run for name, some in given.names for place, run in enumerate(some)}
     file = weights.read(next(iter(runs.values())))
     data = Experiment(file.recipe, file.vocabulary)
-    train, val, test = (data.dataset(split) for split in ("train", "val", "test"))
+    val, test = data.dataset("val"), data.dataset("test")
     namers: dict[str, ViTP] = {}
     for name, run in runs.items():
         points = required_points(build.load(run))
         assert isinstance(points, ViTP)
         namers[name] = points
-    found: dict[str, Any] = {"hardware": hardware(), "masks": stages, "names": dict(given.names)}
-    found["true masks"] = {
-        "majority": {"val": majority(train, val), "test": majority(train, test)},
-        "val": true_masks(namers, val),
-        "test": true_masks(namers, test),
-        "probe, val": {name: probe(namer, train, val) for name, namer in namers.items()},
-    }
-    write_json(given.out, found)
-    for name, source in stages.items():
-        stage = build.load(source)
-        swept = sweep(stage, namers, val, WEIGHTS, f"{name}, val")
+    found: dict[str, Any] = {"hardware": hardware(), "runs": {name: str(run) for name, run in runs.items()}}
+    if given.masks is None:
+        train = data.dataset("train")
+        found |= {
+            "majority": {"val": majority(train, val), "test": majority(train, test)},
+            "val": true_masks(namers, val),
+            "test": true_masks(namers, test),
+            "probe, val": {name: probe(namer, train, val) for name, namer in namers.items()},
+        }
+    else:
+        stage = build.load(given.masks)
+        swept = sweep(stage, namers, val, WEIGHTS, "val")
         best = {
             kind: best_weight([told for run, told in swept["namers"].items() if run.rpartition("-")[0] == kind])
             for kind, _ in given.names
         }
-        tested = sweep(stage, namers, test, sorted({1.0, *best.values()}), f"{name}, test")
-        found[name] = {"val": swept, "best weight": best, "test": tested}
-        write_json(given.out, found)
+        found |= {
+            "masks": given.masks,
+            "val": swept,
+            "best weight": best,
+            "test": sweep(stage, namers, test, sorted({1.0, *best.values()}), "test"),
+        }
+    write_json(given.out, found)
     print(json.dumps(found, indent=1))
 
 

@@ -337,3 +337,15 @@ def test_masks_that_cannot_be_named(
     assert ended.code == 2
     assert len(ended.err.splitlines()) == 1
     assert message in ended.err
+
+
+def test_true_names_leave_to_the_model_which_masks_are_objects(trained: Path) -> None:
+    own, dataset = build.load(trained), Experiment(weights.read(trained).recipe).dataset("val")
+    seen = dataset[0]
+    named: list[torch.Tensor] = []
+    for model in (own, compose.with_true_names(own)):
+        hook = model.namer.register_forward_hook(lambda module, given, made: named.append(made.void))
+        model.predict(seen.image, truth=seen.truth)
+        hook.remove()
+    torch.testing.assert_close(named[0], named[1])
+    assert compose.with_true_names(own).uses_truth

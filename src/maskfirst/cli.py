@@ -191,9 +191,9 @@ def evaluate(
     """Score a model against the truth of a data set, class by class."""
     from maskfirst import build, ranks
     from maskfirst.compose import matrix as compose_matrix
+    from maskfirst.compose import with_true_names
     from maskfirst.evaluate import evaluate
     from maskfirst.files import write_json
-    from maskfirst.namers.oracle import OracleNamer
     from maskfirst.weights import require_same_vocabulary
 
     segmenter = build.load(weights, trusted=trust)
@@ -206,7 +206,7 @@ def evaluate(
     saved = None if masks is None else _saved(masks, segmenter, blend is not None)
     segmenter = _composed(segmenter, None if matrix else saved, proposer is not None, names, blend, trust)
     if namer == Oracle.oracle:
-        segmenter.namer = OracleNamer(segmenter.vocabulary)
+        segmenter = with_true_names(segmenter)
     asked = task.value if task else experiment.task
     with ranks.processes(devices, 1, precision.value) as fabric:
         chief = fabric.global_rank == 0

@@ -36,6 +36,12 @@ def with_names(model: Segmenter, names: Segmenter, weight: float = WEIGHT) -> Se
     return _model(model, model.proposer, Blend(_first(model.namer), required_points(names), weight))
 
 
+def with_true_names(model: Segmenter) -> Segmenter:
+    """The masks of `model` under their true names; which of them are objects stays with its own namer, unless all are true."""
+    true = OracleNamer(model.vocabulary)
+    return _model(model, model.proposer, true if model.proposer.uses_truth else Blend(_first(model.namer), true, 1.0))
+
+
 def required_points(model: Segmenter) -> PointNamer:
     """The namer of points of a model. Raises UserError where it has none."""
     if model.point_namer is None:
@@ -106,7 +112,8 @@ def _pairings(
             # Whether a mask is an object stays with the first, where that knows.
             alone = [_model(model, proposer, namer) for namer in (Blend(first, points, 1.0), points)]
             yield row, name, alone
-        yield row, "oracle", [_model(model, proposer, OracleNamer(model.vocabulary))]
+        true = OracleNamer(model.vocabulary)
+        yield row, "oracle", [_model(model, proposer, namer) for namer in (Blend(first, true, 1.0), true)]
     yield "oracle", "own", []
     if points is not None:
         yield "oracle", f"{weight:g} {points.example['kind']}", []

@@ -112,7 +112,8 @@ class Namer(nn.Module, ABC):
     """Names the masks it is given, from their queries, the image, or both."""
 
     example: ClassVar[Mapping[str, Any]]
-    uses_truth: ClassVar[bool] = False
+    uses_truth: bool = False
+    """Whether `batch.truth` must be set for it to work at all (the oracle)."""
     knows_void: ClassVar[bool] = True
     """Whether it can say that a mask is no object."""
 

@@ -46,6 +46,7 @@ class Blend(Namer):
         self.second = second
         self.weight = weight
         self.normalise: Normalise = normalise
+        self.uses_truth = first.uses_truth or second.uses_truth
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         names = self.first(proposals, batch)

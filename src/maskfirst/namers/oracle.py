@@ -17,7 +17,7 @@ class OracleNamer(Namer):
     """P = 1 for the class of the true segment with the largest IoU, no object where no segment overlaps. Needs truth."""
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "oracle"}
-    uses_truth: ClassVar[bool] = True
+    uses_truth = True
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__()
