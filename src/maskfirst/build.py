@@ -37,6 +37,7 @@ MENUS: dict[type, dict[str, str]] = {
         "simple_pyramid": "maskfirst.backbones.simple_pyramid:SimplePyramid",
         "deconv_pyramid": "maskfirst.backbones.deconv_pyramid:DeconvPyramid",
         "adapter": "maskfirst.backbones.adapter:Adapter",
+        "dinat": "maskfirst.backbones.dinat:DiNAT",
     },
     Proposer: {
         "atm": "maskfirst.proposers.atm:ATM",
