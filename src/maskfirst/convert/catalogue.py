@@ -13,8 +13,20 @@ from torch import Tensor, nn
 from maskfirst import recipe as recipes
 from maskfirst import weights
 from maskfirst.build import Experiment
-from maskfirst.contracts import Receiver, Trunk
-from maskfirst.convert import beit, dinov2, eomt, mask2former, segvit, strangers, uni_perceiver, vit, vit_adapter, vit_p
+from maskfirst.contracts import Backbone, Receiver, Trunk
+from maskfirst.convert import (
+    beit,
+    dinat,
+    dinov2,
+    eomt,
+    mask2former,
+    segvit,
+    strangers,
+    uni_perceiver,
+    vit,
+    vit_adapter,
+    vit_p,
+)
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
 from maskfirst.errors import UserError, listed
@@ -65,6 +77,7 @@ class Part:
 
 
 _TRUNK = "proposer.backbone.trunk"
+_BACKBONE = "proposer.backbone"
 _SCALES = r"vit\.blocks\.\d+\.ls[12]\.gamma"
 ORIGINS: tuple[Whole | Part, ...] = (
     Whole("SegViT", segvit.recognises, lambda tensors: str(segvit.facts(tensors)), segvit.plan, segvit.rules),
@@ -94,6 +107,7 @@ ORIGINS: tuple[Whole | Part, ...] = (
         uni_perceiver.build,
         lambda keys: uni_perceiver.rules(),
     ),
+    Part("a DiNAT", dinat.is_alone, _BACKBONE, dinat.build, lambda keys: dinat.part_rules(), dinat.BEGUN),
     Part("a DINOv2", dinov2.recognises, _TRUNK, dinov2.build, lambda keys: dinov2.rules()),
     Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, lambda keys: vit.timm_rules(), _SCALES),
 )
@@ -236,7 +250,8 @@ def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | Non
     except RenameError as error:
         raise ConvertError(f"{checkpoint}: {error}") from error
     ours = _as_ours(renamed, module)
-    places, notes = ((origin.place,), ()) if recipe is None else _places(checkpoint, ours, origin, recipe)
+    contract = Backbone if isinstance(module, Backbone) else Trunk
+    places, notes = ((origin.place,), ()) if recipe is None else _places(checkpoint, ours, origin, contract, recipe)
     # A copy of its own each, as safetensors refuses tensors that share memory.
     copies = {key: tensor.contiguous().clone() for key, tensor in ours.items()}
     with write_aside(out) as aside:
@@ -249,17 +264,19 @@ def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | Non
     )
 
 
-def _places(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The trunks of a recipe that it fits, and what loading it there will do beside taking over.
+def _places(
+    checkpoint: Path, ours: Tensors, origin: Part, contract: type[nn.Module], recipe: Recipe
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parts of a recipe, of its own `contract`, that it fits, and what loading it there will do beside taking over.
 
     Raises ConvertError unless the recipe has one, all of whose tensors are here, can be resized from here or begin on their
     own.
     """
     segmenter = Experiment(recipe).segmenter(meta=True)
-    trunks = {name: part for name, part in segmenter.named_modules() if isinstance(part, Trunk)}
-    if not trunks:
+    parts = {name: part for name, part in segmenter.named_modules() if isinstance(part, contract)}
+    if not parts:
         raise ConvertError(f"{checkpoint}: {origin.name}, and {recipe.name} has no {origin.place} to put it in")
-    fates = {place: _fates(part, ours, origin) for place, part in trunks.items()}
+    fates = {place: _fates(part, ours, origin) for place, part in parts.items()}
     fitting = tuple(place for place, (wrong, _) in fates.items() if not wrong)
     if not fitting:
         place, (wrong, _) = next(iter(fates.items()))
