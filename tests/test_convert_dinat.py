@@ -53,8 +53,11 @@ def theirs(ours: str) -> str:
 
 
 def alone(**changes: Any) -> DiNAT:
+    def as_tuples(value: Any) -> Any:
+        return tuple(as_tuples(each) for each in value) if isinstance(value, list) else value
+
     torch.manual_seed(0)
-    return DiNAT(**({key: value for key, value in SMALL.items() if key != "kind"} | changes))
+    return DiNAT(**({key: as_tuples(value) for key, value in SMALL.items() if key != "kind"} | changes))
 
 
 def classifier(made: DiNAT) -> dict[str, Tensor]:
