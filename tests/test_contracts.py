@@ -57,6 +57,13 @@ BACKBONES: Mapping[str, Mapping[str, Any]] = {
     "deconv_pyramid": {"backbone": {"kind": "taps", "trunk": TRUNK | {"depth": 4}, "depths": [0, 1, 2, 3]}},
     "adapter": {"trunk": TRUNK | {"depth": 4}, "heads": 2, "stem": 4},
     "internimage": {"width": 8, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8]},
+    "dinat": {
+        "width": 8,
+        "depths": [1, 1, 2, 1],
+        "heads": [1, 2, 2, 4],
+        "kernel": 3,
+        "dilations": [[2], [1], [1, 2], [1]],
+    },
 }
 SIZES = ((SIDE, SIDE), (45, 70), (33, 16))
 

@@ -38,6 +38,7 @@ MENUS: dict[type, dict[str, str]] = {
         "deconv_pyramid": "maskfirst.backbones.deconv_pyramid:DeconvPyramid",
         "adapter": "maskfirst.backbones.adapter:Adapter",
         "internimage": "maskfirst.backbones.internimage:InternImage",
+        "dinat": "maskfirst.backbones.dinat:DiNAT",
     },
     Proposer: {
         "atm": "maskfirst.proposers.atm:ATM",

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import (
     answers,
+    dinat,
     internimage,
     mask2former,
     scores,
@@ -34,6 +35,7 @@ KINDS = {
     "ViT-P glue: point of every mask, class fusion (two variants)": vit_p.fusion,
     "UPerHead (PSP scales 1,2,3,6) + FCN auxiliary head, BN eval": upernet.head,
     **internimage.KINDS,
+    **dinat.KINDS,
 }
 """What a config.json says it is of -> what compares it, with io.npz and state.safetensors beside it."""
 

@@ -16,6 +16,7 @@ from maskfirst.build import Experiment
 from maskfirst.contracts import Backbone, Receiver, Trunk
 from maskfirst.convert import (
     beit,
+    dinat,
     dinov2,
     eomt,
     internimage,
@@ -63,9 +64,9 @@ class Whole:
 class Part:
     """An origin of pretrained parts. Its functions are given the foreign keys, or the tensors by them.
 
-    `place`: where in most recipes such a part stands, and `kind`: what it is there. `build`: an equal part of ours, without
-    memory; may raise LookupError where a key or an axis is missing, UserError for tensors that cannot be taken over. `begun`:
-    what a recipe may add to such a part, a regular expression of our keys; it keeps what the recipe begins it with.
+    `place`: where in most recipes such a part stands. `build`: an equal part of ours, without memory; may raise LookupError
+    where a key or an axis is missing, UserError for tensors that cannot be taken over. `begun`: what a recipe may add to such a
+    part, a regular expression of our keys; it keeps what the recipe begins it with.
     """
 
     name: str
@@ -74,10 +75,10 @@ class Part:
     build: Callable[[Tensors], nn.Module]
     rules: Callable[[Collection[str]], Sequence[Rule]]
     begun: str = ""
-    kind: type[Trunk] | type[Backbone] = Trunk
 
 
 _TRUNK = "proposer.backbone.trunk"
+_BACKBONE = "proposer.backbone"
 _SCALES = r"vit\.blocks\.\d+\.ls[12]\.gamma"
 ORIGINS: tuple[Whole | Part, ...] = (
     Whole("SegViT", segvit.recognises, lambda tensors: str(segvit.facts(tensors)), segvit.plan, segvit.rules),
@@ -114,15 +115,15 @@ ORIGINS: tuple[Whole | Part, ...] = (
         uni_perceiver.build,
         lambda keys: uni_perceiver.rules(),
     ),
+    Part("a DiNAT", dinat.is_alone, _BACKBONE, dinat.build, lambda keys: dinat.part_rules(), dinat.BEGUN),
     Part("a DINOv2", dinov2.recognises, _TRUNK, dinov2.build, lambda keys: dinov2.rules()),
     Part(
         "an InternImage",
         internimage.is_alone,
-        "proposer.backbone",
+        _BACKBONE,
         internimage.build,
         internimage.part_rules,
         internimage.BEGUN,
-        Backbone,
     ),
     Part("a ViT of timm's", vit.is_timm, _TRUNK, vit.TIMM.build, lambda keys: vit.timm_rules(), _SCALES),
 )
@@ -265,7 +266,8 @@ def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | Non
     except RenameError as error:
         raise ConvertError(f"{checkpoint}: {error}") from error
     ours = _as_ours(renamed, module)
-    places, notes = ((origin.place,), ()) if recipe is None else _places(checkpoint, ours, origin, recipe)
+    contract = Backbone if isinstance(module, Backbone) else Trunk
+    places, notes = ((origin.place,), ()) if recipe is None else _places(checkpoint, ours, origin, contract, recipe)
     # A copy of its own each, as safetensors refuses tensors that share memory.
     copies = {key: tensor.contiguous().clone() for key, tensor in ours.items()}
     with write_aside(out) as aside:
@@ -278,14 +280,16 @@ def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | Non
     )
 
 
-def _places(checkpoint: Path, ours: Tensors, origin: Part, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The parts of a recipe that it fits, and what loading it there will do beside taking over.
+def _places(
+    checkpoint: Path, ours: Tensors, origin: Part, contract: type[nn.Module], recipe: Recipe
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parts of a recipe, of its own `contract`, that it fits, and what loading it there will do beside taking over.
 
     Raises ConvertError unless the recipe has one, all of whose tensors are here, can be resized from here or begin on their
     own.
     """
     segmenter = Experiment(recipe).segmenter(meta=True)
-    parts = {name: part for name, part in segmenter.named_modules() if isinstance(part, origin.kind)}
+    parts = {name: part for name, part in segmenter.named_modules() if isinstance(part, contract)}
     if not parts:
         raise ConvertError(f"{checkpoint}: {origin.name}, and {recipe.name} has no {origin.place} to put it in")
     fates = {place: _fates(part, ours, origin) for place, part in parts.items()}

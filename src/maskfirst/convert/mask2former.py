@@ -271,6 +271,6 @@ def _proposer(name: str) -> Mapping[str, Any]:
 
 
 def rules(keys: Collection[str]) -> Sequence[Rule]:
-    """From the keys of a whole checkpoint to those of a Segmenter of `mask2former`, `class_head` and a `pyramid`."""
+    """From the keys of a whole checkpoint to those of a Segmenter of `mask2former`, `class_head` and a `pyramid` or `dinat`."""
     found, backbone = _spelling(keys), pyramids.spelling(keys)
     return [*(found.rules() if found else ()), *(backbone.rules() if backbone else ())]

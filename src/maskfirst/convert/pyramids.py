@@ -1,5 +1,5 @@
-"""Backbones of foreign checkpoints that become a `pyramid`: detectron2's Swin and ResNet, OneFormer's ConvNeXt, and
-transformers' Swin.
+"""Backbones of foreign checkpoints that become a `pyramid` or a `dinat`: detectron2's Swin and ResNet, OneFormer's ConvNeXt
+and DiNAT, and transformers' Swin.
 
 Swin's blocks are followed by the halving of their map there, and preceded by it here.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from maskfirst.convert import dinat
 from maskfirst.convert.rename import Join, Leave, Move, Rule
 
 TRUNK = "proposer.backbone.trunk."
@@ -25,6 +26,11 @@ _NAMES: Mapping[tuple[str, int, tuple[int, ...]], str] = {
     ("Swin", 192, (2, 2, 18, 2)): "swin-l",
     ("ConvNeXt", 192, (3, 3, 27, 3)): "convnext-l",
     ("ConvNeXt", 256, (3, 3, 27, 3)): "convnext-xl",
+    ("DiNAT", 64, (3, 4, 6, 5)): "dinat-m",
+    ("DiNAT", 64, (3, 4, 18, 5)): "dinat-t",
+    ("DiNAT", 96, (3, 4, 18, 5)): "dinat-s",
+    ("DiNAT", 128, (3, 4, 18, 5)): "dinat-b",
+    ("DiNAT", 192, (3, 4, 18, 5)): "dinat-l",
 }
 """Family, width of the stem and depths -> what it is called."""
 
@@ -131,6 +137,7 @@ def _transformers_swin() -> list[Rule]:
 SWIN = Spelling("Swin", "backbone.patch_embed.proj.weight", r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.", _swin)
 RESNET = Spelling("ResNet", "backbone.stem.conv1.weight", r"backbone\.res(\d)\.(\d+)\.", _resnet)
 CONVNEXT = Spelling("ConvNeXt", "backbone.downsample_layers.0.0.weight", r"backbone\.stages\.(\d)\.(\d+)\.", _convnext)
+DINAT = Spelling("DiNAT", f"backbone.{dinat.STEM}", rf"backbone\.{dinat.BLOCK}", dinat.backbone)
 TRANSFORMERS_SWIN = [
     Spelling(
         "Swin",
@@ -140,9 +147,9 @@ TRANSFORMERS_SWIN = [
     )
     for inner in ("", "swin.", "model.")
 ]
-SPELLINGS = (SWIN, RESNET, CONVNEXT, *TRANSFORMERS_SWIN)
+SPELLINGS = (SWIN, RESNET, CONVNEXT, DINAT, *TRANSFORMERS_SWIN)
 
 
 def spelling(keys: Collection[str]) -> Spelling | None:
-    """How a checkpoint names its backbone; None where it has none that becomes a pyramid."""
+    """How a checkpoint names its backbone; None where it has none that is known here."""
     return next((each for each in SPELLINGS if each.stem in keys), None)
