@@ -63,7 +63,8 @@ def neighbourhood_attention(
                     F.embedding(starts + index.flatten(), table).view(-1, index.shape[1], heads, queries.shape[-1])
                     for index, table in zip((asked, looked, looked), tables, strict=True)
                 ]
-                found = _attend(*(each.transpose(1, 2).contiguous() for each in read), biases)
+                query, key, value = (each.transpose(1, 2).contiguous() for each in read)
+                found = _attend(query, key, value, biases)
                 seen.append(found.transpose(1, 2).reshape(len(queries), -1, tables[0].shape[1]))
                 places.append(asked.flatten())
     return _sorted(torch.cat(seen, 1), torch.cat(places), height * width).unflatten(1, (height, width))
