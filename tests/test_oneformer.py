@@ -207,7 +207,7 @@ def test_two_processes_tell_pictures_apart_as_one_does(tmp_path: Path) -> None:
 
 def test_every_picture_is_given_a_task_by_its_share() -> None:
     told = experiment()
-    phase = JointPhase(told.segmenter(), told.training(), semantic=1, instance=0, panoptic=3)
+    phase = JointPhase(told.segmenter(), told.training(), semantic=1.0, instance=0.0, panoptic=3.0)
     torch.manual_seed(0)
     drawn = Counter(phase.collate([sample()] * 1000, "instance").tasks)
     assert set(drawn) == {"semantic", "panoptic"}
@@ -230,11 +230,11 @@ def test_a_joint_turn_is_the_ordinary_one_of_the_tasks_that_were_drawn() -> None
 
 def test_shares_that_cannot_be_are_refused() -> None:
     told = experiment()
-    with pytest.raises(UserError, match="semantic: -1 must not be negative"):
-        JointPhase(told.segmenter(), told.training(), semantic=-1)
+    with pytest.raises(UserError, match=r"semantic: -1\.0 must not be negative"):
+        JointPhase(told.segmenter(), told.training(), semantic=-1.0)
     with pytest.raises(UserError, match="at least one share must be above 0"):
-        JointPhase(told.segmenter(), told.training(), 0, 0, 0)
+        JointPhase(told.segmenter(), told.training(), 0.0, 0.0, 0.0)
     thingless = Experiment(told.recipe, from_names(NAMES))
     with pytest.raises(UserError, match=r"none of the vocabulary's names is marked as one .*; or say `instance: 0`"):
         JointPhase(thingless.segmenter(), told.training())
-    assert JointPhase(thingless.segmenter(), told.training(), instance=0).shares["instance"] == 0
+    assert JointPhase(thingless.segmenter(), told.training(), instance=0.0).shares["instance"] == 0
