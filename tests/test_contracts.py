@@ -25,6 +25,7 @@ TRIOS = (
     ("atm_shrunk", "class_head", "fixed"),
     ("atm", "class_head", "set"),
     ("mask2former", "class_head", "set"),
+    ("oneformer", "class_head", "set"),
     ("eomt", "class_head", "set"),
     ("dense", "given", "pixel"),
     ("dense", "oracle", "pixel"),

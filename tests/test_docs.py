@@ -25,6 +25,7 @@ from maskfirst.build import KEYS, MENUS, Experiment
 from maskfirst.contracts import Dataset, Namer, Proposer
 from maskfirst.frames import Fit
 from maskfirst.optim import Group, Optimizer, Schedule
+from maskfirst.proposers.texts import Texts
 from maskfirst.recipe import import_class
 from maskfirst.segmenter import Inference
 from maskfirst.tasks import Thresholds
@@ -196,7 +197,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     for contract, menu in MENUS.items()
     for kind, path in menu.items()
 } | {
-    kind.__name__: kind for kind in (Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
+    kind.__name__: kind for kind in (Texts, Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
 }  # fmt: skip
 GIVEN = ("vocabulary", "size", "width", "segmenter", "settings")
 

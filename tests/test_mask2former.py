@@ -11,7 +11,7 @@ from maskfirst.backbones.deformable import DeformableAttention
 from maskfirst.build import Experiment
 from maskfirst.contracts import Backbone
 from maskfirst.frames import Frame, resize
-from maskfirst.proposers.mask2former import DecoderLayer, Mask2Former
+from maskfirst.proposers.mask2former import DecoderLayer, Mask2Former, may_see
 from maskfirst.proposers.pixel_decoder import PixelDecoder
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.segmenter import Segmenter
@@ -78,14 +78,13 @@ def test_losses_of_every_stage_reach_every_parameter() -> None:
 
 
 def test_queries_look_inside_of_their_masks_and_everywhere_where_these_are_empty() -> None:
-    head = mask2former()
     shrunk = torch.zeros(1, 16, 4)
     shrunk[0, 0] = torch.tensor([1.0, -1.0, 0.0, -1e-6])
     embedded = torch.zeros(1, 3, 16)
     embedded[0, :, 0] = torch.tensor([1.0, -1.0, 0.0])
     embedded[0, 2, 1] = 1.0
     shrunk[0, 1] = -1.0
-    seen = head.seen(embedded, shrunk)[:, 0]
+    seen = may_see(embedded, shrunk)[:, 0]
     # A probability of one half counts as inside.
     assert seen[0].tolist() == [[True, False, True, False], [False, True, True, True], [True] * 4]
 
@@ -137,7 +136,7 @@ def test_masks_of_shrunk_maps_are_shrunk_masks() -> None:
         queries, masks = head.decode(features, encoded, every=True)[1]
         for each in encoded:
             size = (each.shape[-2], each.shape[-1])
-            seen = head.seen(head.mask_embed(queries), resize(features, size).flatten(2))[:, 0]
+            seen = may_see(head.mask_embed(queries), resize(features, size).flatten(2))[:, 0]
             expected = (resize(masks, size).sigmoid() >= 0.5).flatten(2)
             assert torch.equal(seen, expected | ~expected.any(-1, keepdim=True))
 

@@ -47,6 +47,7 @@ MENUS: dict[type, dict[str, str]] = {
         "dense": "maskfirst.proposers.dense:Dense",
         "eomt": "maskfirst.proposers.eomt:EoMT",
         "mask2former": "maskfirst.proposers.mask2former:Mask2Former",
+        "oneformer": "maskfirst.proposers.oneformer:OneFormer",
         "oracle": "maskfirst.proposers.oracle:OracleProposer",
         "saved": "maskfirst.proposers.saved:Saved",
         "upernet": "maskfirst.proposers.upernet:UperNet",
@@ -63,7 +64,11 @@ MENUS: dict[type, dict[str, str]] = {
         "fixed": "maskfirst.criteria.fixed:Fixed",
         "pixel": "maskfirst.criteria.pixel:Pixel",
     },
-    Phase: {"ordinary": "maskfirst.phase:Ordinary", "points": "maskfirst.phases.points:PointPhase"},
+    Phase: {
+        "ordinary": "maskfirst.phase:Ordinary",
+        "points": "maskfirst.phases.points:PointPhase",
+        "joint": "maskfirst.phases.joint:JointPhase",
+    },
     Dataset: {
         "folder": "maskfirst.data.folder:Folder",
         "yolo": "maskfirst.data.yolo:Yolo",

@@ -32,17 +32,20 @@ PIECE = 2**20
 class Thresholds:
     """What counts as a segment. `object` and `overlap` are panoptic: the probability of its name that a proposal must
     exceed, and the share of its mask that must not belong to others, both 0..1. `instances`: how many pairs of proposal and
-    name the instance task answers with at most.
+    name the instance task answers with at most; `least`: the probability of its name that each must exceed.
     """
 
     object: float = 0.8
     overlap: float = 0.8
     instances: int = 100
+    least: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("object", "overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: {getattr(self, name)} must lie in 0..1; 0.8 is usual")
+        if not 0 <= self.least < 1:
+            raise UserError(f"least: {self.least} must lie in 0..1, below 1; 0 is usual")
         if self.instances < 1:
             raise UserError(f"instances: {self.instances} must be at least 1; 100 is usual")
 
@@ -233,14 +236,14 @@ def instance(
 ) -> Segments:
     """Things of picture `image`, which may overlap, the surest first; one proposal may be answered under several names.
 
-    Of the pairs of proposal and name that are likeliest those are kept whose name is a thing, but none that cannot be (a
-    probability of exactly 0). A mask is where its logit is above 0, and may be empty; a score is the probability of the name
-    times the mean of the mask's, inside.
+    Of the pairs of proposal and name that are likeliest those are kept whose name is a thing, and likelier than `least`, so
+    that none is kept that cannot be (a probability of exactly 0). A mask is where its logit is above 0, and may be empty; a
+    score is the probability of the name times the mean of the mask's, inside.
     """
     thresholds = thresholds or Thresholds()
     joint = names.joint[image].float()
     likely = joint.flatten().topk(min(thresholds.instances, joint.numel()))
-    things = _are_things(likely.indices % joint.shape[1], vocabulary) & (likely.values > 0)
+    things = _are_things(likely.indices % joint.shape[1], vocabulary) & (likely.values > thresholds.least)
     likelihood, pairs = likely.values[things], likely.indices[things]
     chosen, place = (pairs // joint.shape[1]).unique(return_inverse=True)
     rows = home(proposals, image, frame, chosen)

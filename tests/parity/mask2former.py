@@ -17,7 +17,7 @@ from maskfirst.convert.pickles import open_checkpoint
 from maskfirst.convert.rename import rename
 from maskfirst.frames import Frame, resize
 from maskfirst.ops.deformable_attention import deformable_attention, deformable_attention_by_gather, to_places
-from maskfirst.proposers.mask2former import LEVELS, Mask2Former
+from maskfirst.proposers.mask2former import LEVELS, Mask2Former, may_see
 from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Batch, Names, Proposals, Segments, Vocabulary
@@ -98,7 +98,7 @@ def _head(folder: Path, proposer: dict[str, Any], classes: int, inputs: list[str
                 shrunk = resize(features, (encoded[index % LEVELS].shape[-2], encoded[index % LEVELS].shape[-1]))
                 blocked = compared.take(f"attn_mask_{index}")
                 opened = blocked & ~blocked.all(-1, keepdim=True)
-                ours = ~head.seen(head.mask_embed(guess.queries), shrunk.flatten(2))[:, 0]
+                ours = ~may_see(head.mask_embed(guess.queries), shrunk.flatten(2))[:, 0]
                 yield compare("io.npz", f"attn_mask_{index}", ours, opened, EXACT)
         if "semantic_lowres_0" in arrays:
             scores = tasks.read_out(proposals, names, 0, (height, width)).fetch(0, height)

@@ -11,6 +11,7 @@ from . import (
     dinat,
     internimage,
     mask2former,
+    oneformer,
     scores,
     tables,
     upernet,
@@ -23,12 +24,21 @@ from .rows import Row, failed
 from .variant import variant
 
 PROSE = {".md", ".txt"}
-FILES = tables.FILES | vit_adapter_settings.FILES | vit_adapter.FILES | vit_adapter_recipes.FILES | internimage.FILES
+FILES = {
+    **tables.FILES,
+    **vit_adapter_settings.FILES,
+    **vit_adapter.FILES,
+    **vit_adapter_recipes.FILES,
+    **internimage.FILES,
+    **oneformer.FILES,
+}
 """File name -> what compares it."""
 KINDS = {
     "Mask2Former MaskFormerHead (pixel decoder + masked decoder)": mask2former.original_head,
     "Mask2FormerHead of the InternImage / ViT-P mmseg tree (weights named decode_head.*)": mask2former.mmseg_head,
     "tiny full Mask2Former (Swin backbone) end to end": mask2former.end_to_end,
+    "OneFormer head: pixel decoder + task MLP + class transformer + decoder": oneformer.head,
+    "OneFormer text encoder + projector + learned context, contrastive loss (single process)": oneformer.texts,
     "OneFormer ConvNeXt backbone": mask2former.convnext,
     "post-processing": answers.post_processing,
     "Hungarian matcher + set criterion": answers.criterion,

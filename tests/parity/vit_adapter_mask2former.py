@@ -13,7 +13,7 @@ from maskfirst.convert.rename import Renamed
 from maskfirst.criteria.matched import Matched
 from maskfirst.criteria.points import uncertain
 from maskfirst.frames import Frame, Size, resize
-from maskfirst.proposers.mask2former import LEVELS, Mask2Former
+from maskfirst.proposers.mask2former import LEVELS, Mask2Former, may_see
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import VOID, Batch, Segments
 
@@ -136,7 +136,7 @@ def head(model: Segmenter, compared: Compared, picture: Tensor) -> Iterator[Row]
         level = encoded[index % LEVELS]
         shrunk = resize(features, (level.shape[-2], level.shape[-1])).flatten(2)
         with torch.no_grad():
-            open_ = proposer.seen(proposer.mask_embed(guess.queries), shrunk)[:, 0]
+            open_ = may_see(proposer.mask_embed(guess.queries), shrunk)[:, 0]
         yield compare(compared.file, f"attn_mask.{index}", ~open_, blocked & ~blocked.all(-1, keepdim=True), EXACT)
     for key, canvas in (("quarter", (proposals.masks.shape[-2], proposals.masks.shape[-1])), ("full", size)):
         scores = [tasks.read_out(proposals, names, image, canvas, "names_first") for image in range(len(picture))]

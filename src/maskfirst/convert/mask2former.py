@@ -17,9 +17,9 @@ from maskfirst.convert.rename import Leave, Move, Rule, Split
 
 HEAD = "proposer."
 PIXELS = f"{HEAD}pixel_decoder."
-_KIND = r"\.(?P<kind>weight|bias)"
-_LOSS = "the weights of its loss, which the recipe has"
-_NORMALISATION = "the picture's normalisation, which the recipe has"
+KIND = r"\.(?P<kind>weight|bias)"
+LOSS = "the weights of its loss, which the recipe has"
+NORMALISATION = "the picture's normalisation, which the recipe has"
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Spelling:
 
 def moves(table: Mapping[str, str]) -> list[Rule]:
     """Rules for pairs of weight and bias; their foreign names are regular expressions."""
-    return [Move(match + _KIND, rf"{to}.\g<kind>") for match, to in table.items()]
+    return [Move(match + KIND, rf"{to}.\g<kind>") for match, to in table.items()]
 
 
-def _packed(match: str, to: str) -> list[Rule]:
+def packed(match: str, to: str) -> list[Rule]:
     """An attention of torch's, whose projections of queries, keys and values are one tensor."""
     parts = tuple(rf"{to}.{part}.\g<kind>" for part in "qkv")
     return [
@@ -57,12 +57,13 @@ def deformable(match: str, to: str) -> list[Rule]:
     return moves({rf"{match}\.{theirs}": f"{to}.{own}" for theirs, own in parts.items()})
 
 
-def _every_other(match: re.Match[str]) -> str:
+def every_other(match: re.Match[str]) -> str:
     """Layers are counted alone there, and with the ReLUs between them here."""
     return f"{HEAD}mask_embed.{2 * int(match[1])}.{match['kind']}"
 
 
-def _original() -> list[Rule]:
+def original_head() -> list[Rule]:
+    """The original's head, without what its queries begin as."""
     # Early files lack "pixel_decoder.", and loading them the original's way puts it before names that have it.
     pixels, predictor = r"sem_seg_head\.(?:pixel_decoder\.)*", r"sem_seg_head\.predictor\."
     layer, home = rf"{pixels}transformer\.encoder\.layers\.(\d+)\.", rf"{PIXELS}layers.\1."
@@ -93,16 +94,22 @@ def _original() -> list[Rule]:
             }
         ),
         *deformable(rf"{layer}self_attn", f"{home}attention"),
-        *_packed(rf"{crosses}multihead_attn", f"{own}cross_attention"),
-        *_packed(rf"{selves}self_attn", f"{own}self_attention"),
-        Move(rf"{predictor}mask_embed\.layers\.(\d){_KIND}", _every_other),
-        # The first releases called them "static".
-        Move(rf"{predictor}(?:query_feat|static_query)\.weight", f"{HEAD}queries"),
+        *packed(rf"{crosses}multihead_attn", f"{own}cross_attention"),
+        *packed(rf"{selves}self_attn", f"{own}self_attention"),
+        Move(rf"{predictor}mask_embed\.layers\.(\d){KIND}", every_other),
         Move(rf"{predictor}query_embed\.weight", f"{HEAD}positions"),
         Move(rf"{predictor}level_embed\.weight", f"{HEAD}level_embed"),
         Move(rf"{pixels}transformer\.level_embed", f"{PIXELS}level_embed"),
-        Leave(r"criterion\..*", _LOSS),
-        Leave(r"pixel_(mean|std)", _NORMALISATION),
+    ]
+
+
+def _original() -> list[Rule]:
+    return [
+        *original_head(),
+        # The first releases called them "static".
+        Move(r"sem_seg_head\.predictor\.(?:query_feat|static_query)\.weight", f"{HEAD}queries"),
+        Leave(r"criterion\..*", LOSS),
+        Leave(r"pixel_(mean|std)", NORMALISATION),
     ]
 
 
@@ -137,21 +144,43 @@ def mmseg_head() -> list[Rule]:
             }
         ),
         *deformable(rf"{layer}attentions\.0", f"{home}attention"),
-        *_packed(rf"{decoder}attentions\.0\.attn", f"{own}cross_attention"),
-        *_packed(rf"{decoder}attentions\.1\.attn", f"{own}self_attention"),
+        *packed(rf"{decoder}attentions\.0\.attn", f"{own}cross_attention"),
+        *packed(rf"{decoder}attentions\.1\.attn", f"{own}self_attention"),
         Move(rf"{head}query_feat\.weight", f"{HEAD}queries"),
         Move(rf"{head}query_embed\.weight", f"{HEAD}positions"),
         Move(rf"{head}level_embed\.weight", f"{HEAD}level_embed"),
         Move(rf"{pixels}level_encoding\.weight", f"{PIXELS}level_embed"),
-        Leave(rf"{head}(loss_cls|loss_mask|loss_dice)\..*", _LOSS),
+        Leave(rf"{head}(loss_cls|loss_mask|loss_dice)\..*", LOSS),
+    ]
+
+
+def transformers_pixels() -> list[Rule]:
+    """transformers' pixel decoder."""
+    pixels = r"model\.pixel_level_module\.decoder\."
+    layer, home = rf"{pixels}encoder\.layers\.(\d+)\.", rf"{PIXELS}layers.\1."
+    return [
+        *moves(
+            {
+                rf"{pixels}input_projections\.(\d)\.([01])": rf"{PIXELS}entrances.\1.\2",
+                rf"{pixels}adapter_1\.([01])": rf"{PIXELS}lateral.\1",
+                rf"{pixels}layer_1\.([01])": rf"{PIXELS}smooth.\1",
+                rf"{pixels}mask_projection": f"{PIXELS}masks",
+                rf"{layer}self_attn_layer_norm": f"{home}norm1",
+                rf"{layer}final_layer_norm": f"{home}norm2",
+                rf"{layer}fc1": f"{home}expand",
+                rf"{layer}fc2": f"{home}contract",
+            }
+        ),
+        *deformable(rf"{layer}self_attn", f"{home}attention"),
+        Move(rf"{pixels}level_embed", f"{PIXELS}level_embed"),
     ]
 
 
 def _transformers() -> list[Rule]:
-    module, pixels = r"model\.transformer_module\.", r"model\.pixel_level_module\.decoder\."
-    layer, home = rf"{pixels}encoder\.layers\.(\d+)\.", rf"{PIXELS}layers.\1."
+    module = r"model\.transformer_module\."
     decoder, own = rf"{module}decoder\.layers\.(\d+)\.", rf"{HEAD}layers.\1."
     return [
+        *transformers_pixels(),
         *moves(
             {
                 rf"{module}decoder\.layernorm": f"{HEAD}norm",
@@ -164,24 +193,14 @@ def _transformers() -> list[Rule]:
                 rf"{decoder}fc2": f"{own}contract",
                 rf"{decoder}self_attn\.([qkv])_proj": rf"{own}self_attention.\2",
                 rf"{decoder}self_attn\.out_proj": f"{own}self_attention.proj",
-                rf"{pixels}input_projections\.(\d)\.([01])": rf"{PIXELS}entrances.\1.\2",
-                rf"{pixels}adapter_1\.([01])": rf"{PIXELS}lateral.\1",
-                rf"{pixels}layer_1\.([01])": rf"{PIXELS}smooth.\1",
-                rf"{pixels}mask_projection": f"{PIXELS}masks",
-                rf"{layer}self_attn_layer_norm": f"{home}norm1",
-                rf"{layer}final_layer_norm": f"{home}norm2",
-                rf"{layer}fc1": f"{home}expand",
-                rf"{layer}fc2": f"{home}contract",
             }
         ),
-        *deformable(rf"{layer}self_attn", f"{home}attention"),
-        *_packed(rf"{decoder}cross_attn", f"{own}cross_attention"),
-        Move(rf"{module}decoder\.mask_predictor\.mask_embedder\.(\d)\.0{_KIND}", _every_other),
+        *packed(rf"{decoder}cross_attn", f"{own}cross_attention"),
+        Move(rf"{module}decoder\.mask_predictor\.mask_embedder\.(\d)\.0{KIND}", every_other),
         Move(rf"{module}queries_features\.weight", f"{HEAD}queries"),
         Move(rf"{module}queries_embedder\.weight", f"{HEAD}positions"),
         Move(rf"{module}level_embed\.weight", f"{HEAD}level_embed"),
-        Move(rf"{pixels}level_embed", f"{PIXELS}level_embed"),
-        Leave(r"criterion\..*", _LOSS),
+        Leave(r"criterion\..*", LOSS),
     ]
 
 

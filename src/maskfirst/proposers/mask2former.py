@@ -3,9 +3,9 @@
 Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", CVPR 2022.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskfirst.contracts import Backbone, Proposer
-from maskfirst.frames import resize
+from maskfirst.frames import Size, resize
 from maskfirst.ops.sine_positions import sine_positions
 from maskfirst.proposers.pixel_decoder import PixelDecoder
 from maskfirst.types import Batch, Proposals
@@ -23,13 +23,17 @@ LEVELS = 3
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate projections, to some tokens only where `seen` says so."""
+    """Multi-head attention with separate projections, to some tokens only where `seen` says so.
 
-    def __init__(self, width: int, heads: int) -> None:
+    `dropout`: of the attention itself, while it is trained.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads")
         self.heads = heads
+        self.dropout = dropout
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
         self.v = nn.Linear(width, width)
@@ -52,7 +56,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B Q D"]:
         pairs = ((self.q, queries), (self.k, keys), (self.v, values))
         q, k, v = (linear(source).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear, source in pairs)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        return self.proj(F.scaled_dot_product_attention(q, k, v, seen, dropout).transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -82,6 +87,97 @@ class DecoderLayer(nn.Module):
         placed = queries + positions
         queries = self.norm2(queries + self.self_attention(placed, placed, queries))
         return self.norm3(queries + self.contract(self.expand(queries).relu()))
+
+
+class Memory(NamedTuple):
+    """What queries look at: the map for masks, and of each encoded map keys, values, and the map for masks at its size."""
+
+    features: Float[Tensor, "B C h w"]
+    keys: list[Float[Tensor, "B _n D"]]
+    values: list[Float[Tensor, "B _n D"]]
+    shrunk: list[Float[Tensor, "B C _n"]]
+
+    @classmethod
+    def of(
+        cls,
+        features: Float[Tensor, "B C h w"],
+        encoded: Sequence[Float[Tensor, "B D _h _w"]],
+        level_embed: Float[Tensor, "L D"],
+    ) -> "Memory":
+        """`encoded`: as wide as the queries, coarse to fine; `level_embed`: what tells them apart."""
+        sizes = [(each.shape[-2], each.shape[-1]) for each in encoded]
+        values = [
+            (each.flatten(2) + level[:, None]).transpose(1, 2) for each, level in zip(encoded, level_embed, strict=True)
+        ]
+        keys = [
+            value + sine_positions(size, value.shape[-1], value.device)
+            for value, size in zip(values, sizes, strict=True)
+        ]
+        return cls(features, keys, values, [resize(features.detach(), size).flatten(2) for size in sizes])
+
+
+def decode(
+    queries: Float[Tensor, "B Q D"],
+    positions: Float[Tensor, "Q D"],
+    memory: Memory,
+    layers: Iterable[DecoderLayer],
+    norm: Callable[[Tensor], Tensor],
+    mask_embed: Callable[[Tensor], Tensor],
+    every: bool,
+) -> list[tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q h w"]]]:
+    """The normed queries and their masks after the last layer, or, with `every`, before the first and after each."""
+    stages = [norm(queries)]
+    embeddings = [mask_embed(stages[0])]
+    for index, layer in enumerate(layers):
+        level = index % len(memory.keys)
+        open_to = may_see(embeddings[-1], memory.shrunk[level])
+        queries = layer(queries, positions, memory.keys[level], memory.values[level], open_to)
+        stages.append(norm(queries))
+        embeddings.append(mask_embed(stages[-1]))
+    first = 0 if every else -1
+    # The masks of all stages in one product, whose gradient is one product, too.
+    masks = torch.cat(embeddings[first:], 1) @ memory.features.flatten(2)
+    masks = masks.unflatten(2, memory.features.shape[-2:]).unflatten(1, (-1, queries.shape[1]))
+    return list(zip(stages[first:], masks.unbind(1), strict=True))
+
+
+def may_see(embedded: Float[Tensor, "B Q C"], shrunk: Float[Tensor, "B C N"]) -> Bool[Tensor, "B 1 Q N"]:
+    """Where each query may look: inside of its mask, or everywhere if that is empty.
+
+    A mask shrunk is the shrunk map multiplied, as resizing is linear; so no mask is made whole for this.
+    """
+    with torch.no_grad():
+        # Their sign decides, for which half precision would be too coarse.
+        with torch.autocast(embedded.device.type, enabled=False):
+            inside = embedded.detach().float() @ shrunk.float() >= 0
+        return (inside | ~inside.any(-1, keepdim=True))[:, None]
+
+
+def check_maps(kind: str, backbone: Backbone) -> None:
+    """Raises ValueError unless `backbone` gives a proposer of this `kind` four maps, fine to coarse."""
+    if len(backbone.channels) != LEVELS + 1 or any(fine >= coarse for fine, coarse in pairwise(backbone.strides)):
+        raise ValueError(
+            f"{kind} needs four maps, fine to coarse, and this backbone has strides {list(backbone.strides)}; "
+            "`pyramid` gives such, `simple_pyramid` makes them of others"
+        )
+
+
+def mask_embedding(width: int, mask_width: int) -> nn.Sequential:
+    """From a query to what the map for masks is multiplied with."""
+    return nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, mask_width)
+    )
+
+
+def guesses(
+    stages: Sequence[tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q _h _w"]]],
+    canvas: Size,
+    stride: int,
+) -> Proposals:
+    """The last stage's proposals with those before as earlier ones. A backbone may have padded the `canvas`; masks do not."""
+    height, width = (-(-side // stride) for side in canvas)
+    *earlier, last = (Proposals(masks[..., :height, :width], queries=queries) for queries, masks in stages)
+    return Proposals(last.masks, queries=last.queries, earlier=tuple(earlier))
 
 
 class Mask2Former(Proposer):
@@ -128,11 +224,7 @@ class Mask2Former(Proposer):
         pixel_width: int | None = None,
     ) -> None:
         super().__init__()
-        if len(backbone.channels) != LEVELS + 1 or any(fine >= coarse for fine, coarse in pairwise(backbone.strides)):
-            raise ValueError(
-                f"mask2former needs four maps, fine to coarse, and this backbone has strides {list(backbone.strides)}; "
-                "`pyramid` gives such, `simple_pyramid` makes them of others"
-            )
+        check_maps("mask2former", backbone)
         pixel_width = pixel_width or width
         self.backbone = backbone
         self.pixel_decoder = PixelDecoder(
@@ -146,9 +238,7 @@ class Mask2Former(Proposer):
         self.positions = nn.Parameter(torch.randn(queries, width))
         self.layers = nn.ModuleList(DecoderLayer(width, heads, decoder_feedforward) for _ in range(decoder_layers))
         self.norm = nn.LayerNorm(width)
-        self.mask_embed = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, mask_width)
-        )
+        self.mask_embed = mask_embedding(width, mask_width)
         self.width = width
         self.tasks = frozenset({"semantic", "instance", "panoptic"})
         self.mean = backbone.mean
@@ -157,53 +247,18 @@ class Mask2Former(Proposer):
 
     def forward(self, batch: Batch) -> Proposals:
         features, encoded = self.pixel_decoder(self.backbone(batch.pixels))
-        # The backbone may have padded a canvas of another size than its multiple.
-        height, width = (-(-side // self.stride) for side in batch.pixels.shape[-2:])
-        guesses = [
-            Proposals(masks[..., :height, :width], queries=queries)
-            for queries, masks in self.decode(features, encoded, every=batch.truth is not None)
-        ]
-        return Proposals(guesses[-1].masks, queries=guesses[-1].queries, earlier=tuple(guesses[:-1]))
+        stages = self.decode(features, encoded, every=batch.truth is not None)
+        return guesses(stages, (batch.pixels.shape[-2], batch.pixels.shape[-1]), self.stride)
 
     def decode(
         self, features: Float[Tensor, "B C h w"], encoded: list[Float[Tensor, "B _d _h _w"]], every: bool
     ) -> list[tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q h w"]]]:
         """The normed queries and their masks after the last layer, or, with `every`, before the first and after each."""
-        sizes = [(each.shape[-2], each.shape[-1]) for each in encoded]
-        values = [
-            (entrance(each).flatten(2) + level[:, None]).transpose(1, 2)
-            for entrance, each, level in zip(self.entrances, encoded, self.level_embed, strict=True)
-        ]
-        keys = [
-            value + sine_positions(size, value.shape[-1], value.device)
-            for value, size in zip(values, sizes, strict=True)
-        ]
-        shrunk = [resize(features.detach(), size).flatten(2) for size in sizes]
+        entered = [entrance(each) for entrance, each in zip(self.entrances, encoded, strict=True)]
+        memory = Memory.of(features, entered, self.level_embed)
+        layers = cast("Iterable[DecoderLayer]", self.layers)
         queries = self.queries.expand(len(features), -1, -1)
-        stages = [self.norm(queries)]
-        embeddings = [self.mask_embed(stages[0])]
-        for index, layer in enumerate(cast("Iterable[DecoderLayer]", self.layers)):
-            level = index % LEVELS
-            seen = self.seen(embeddings[-1], shrunk[level])
-            queries = layer(queries, self.positions, keys[level], values[level], seen)
-            stages.append(self.norm(queries))
-            embeddings.append(self.mask_embed(stages[-1]))
-        first = 0 if every else -1
-        # The masks of all stages in one product, whose gradient is one product, too.
-        masks = torch.cat(embeddings[first:], 1) @ features.flatten(2)
-        masks = masks.unflatten(2, features.shape[-2:]).unflatten(1, (-1, len(self.queries)))
-        return list(zip(stages[first:], masks.unbind(1), strict=True))
-
-    def seen(self, embedded: Float[Tensor, "B Q C"], shrunk: Float[Tensor, "B C N"]) -> Bool[Tensor, "B 1 Q N"]:
-        """Where each query may look: inside of its mask, or everywhere if that is empty.
-
-        A mask shrunk is the shrunk map multiplied, as resizing is linear; so no mask is made whole for this.
-        """
-        with torch.no_grad():
-            # Their sign decides, for which half precision would be too coarse.
-            with torch.autocast(embedded.device.type, enabled=False):
-                inside = embedded.detach().float() @ shrunk.float() >= 0
-            return (inside | ~inside.any(-1, keepdim=True))[:, None]
+        return decode(queries, self.positions, memory, layers, self.norm, self.mask_embed, every)
 
 
 def _entrance(inputs: int, outputs: int) -> nn.Conv2d:

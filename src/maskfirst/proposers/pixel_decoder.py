@@ -41,10 +41,13 @@ class Pointwise(nn.Conv2d):
 
 
 class EncoderLayer(nn.Module):
-    """A post-norm transformer layer whose attention is deformable; ReLU; LayerNorm eps 1e-5."""
+    """A post-norm transformer layer whose attention is deformable; ReLU; LayerNorm eps 1e-5. `dropout`: of what it adds."""
 
-    def __init__(self, width: int, heads: int, levels: int, points: int, feedforward: int) -> None:
+    def __init__(
+        self, width: int, heads: int, levels: int, points: int, feedforward: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.attention = DeformableAttention(width, heads, levels, points)
         self.norm1 = nn.LayerNorm(width)
         self.expand = nn.Linear(width, feedforward)
@@ -58,15 +61,15 @@ class EncoderLayer(nn.Module):
         sizes: Sequence[Size],
         places: Float[Tensor, "N L 2"],
     ) -> Float[Tensor, "B N D"]:
-        tokens = self.norm1(tokens + self.attention(tokens + positions, tokens, sizes, places))
-        return self.norm2(tokens + self.contract(self.expand(tokens).relu_()))
+        tokens = self.norm1(tokens + self.dropout(self.attention(tokens + positions, tokens, sizes, places)))
+        return self.norm2(tokens + self.dropout(self.contract(self.dropout(self.expand(tokens).relu_()))))
 
 
 class PixelDecoder(nn.Module):
     """Encodes the three coarse of four maps together, and merges them with the finest into a map for masks.
 
-    `channels`: of the four maps, fine to coarse. `width`: of the encoded maps; `mask_width`: of the map for masks. It computes
-    in single precision at least, whatever the autocast.
+    `channels`: of the four maps, fine to coarse. `width`: of the encoded maps; `mask_width`: of the map for masks; `dropout`:
+    in its layers, as OneFormer has it. It computes in single precision at least, whatever the autocast.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class PixelDecoder(nn.Module):
         layers: int = 6,
         feedforward: int = 1024,
         points: int = 4,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         finest, *coarse = channels
@@ -85,7 +89,9 @@ class PixelDecoder(nn.Module):
             nn.Sequential(Pointwise(inputs, width), MapNorm(width)) for inputs in reversed(coarse)
         )
         self.level_embed = nn.Parameter(torch.randn(len(coarse), width))
-        self.layers = nn.ModuleList(EncoderLayer(width, heads, len(coarse), points, feedforward) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, heads, len(coarse), points, feedforward, dropout) for _ in range(layers)
+        )
         self.lateral = nn.Sequential(Pointwise(finest, width, bias=False), MapNorm(width))
         self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), MapNorm(width))
         self.masks = Pointwise(width, mask_width)
