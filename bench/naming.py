@@ -9,7 +9,7 @@ picture once, and so does every namer; blends are made of what they said.
 For true masks: mIoU and the share of masks named right, beside two that need no points: the class that most masks of the
 training pictures have, and a linear probe, fitted to those masks, of what the same trunk makes of their patches on average.
 
-The data is that of the first of `--names`.
+The data is that of the first of `--names`. What `--out` has of other names already stays in it.
 """
 
 import argparse
@@ -198,6 +198,13 @@ def best_weight(runs: Sequence[Mapping[str, float]]) -> float:
     return max(WEIGHTS, key=lambda weight: statistics.mean(run[f"{weight:g}"] for run in runs))
 
 
+def merged(old: Any, new: Any) -> Any:
+    """What is in both, and the new where both have something."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: merged(old[key], value) if key in old else value for key, value in new.items()}
+
+
 def named(text: str) -> tuple[str, list[Path]]:
     """NAME=PATH,PATH of the command line."""
     name, _, value = text.partition("=")
@@ -214,7 +221,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    runs = {f"{name}-{place}": run for name, some in given.names for place, run in enumerate(some)}
+    runs = {run.name: run for _, some in given.names for run in some}
     file = weights.read(next(iter(runs.values())))
     data = Experiment(file.recipe, file.vocabulary)
     val, test = data.dataset("val"), data.dataset("test")
@@ -235,16 +242,15 @@ def main() -> None:
     else:
         stage = build.load(given.masks)
         swept = sweep(stage, namers, val, WEIGHTS, "val")
-        best = {
-            kind: best_weight([told for run, told in swept["namers"].items() if run.rpartition("-")[0] == kind])
-            for kind, _ in given.names
-        }
+        best = {kind: best_weight([swept["namers"][run.name] for run in some]) for kind, some in given.names}
         found |= {
             "masks": given.masks,
             "val": swept,
             "best weight": best,
             "test": sweep(stage, namers, test, sorted({1.0, *best.values()}), "test"),
         }
+    if given.out.exists():
+        found = merged(json.loads(given.out.read_text(encoding="utf-8")), found)
     write_json(given.out, found)
     print(json.dumps(found, indent=1))
 

@@ -132,7 +132,8 @@ def texts(folder: Path, path: Path) -> Iterator[Row]:
     begun = branch.log_scale.exp().item()
     yield compare(path.name, "temperature_init", 1 / begun, told.need("temperature_init"), LOSS)
     told.done()
-    scale = torch.tensor(begun).log()
+    # What the repository holds has the loss's scale without the other weights.
+    scale = compared.take("logit_scale") if "logit_scale" in compared.left else torch.tensor(begun).log()
     if "text_ids" in compared.left:
         weights = open_checkpoint(folder / "state.safetensors").tensors
         shapes = {f"{oneformer.TEXTS}{key}": tensor.shape for key, tensor in branch.state_dict().items()}
