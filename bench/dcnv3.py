@@ -22,18 +22,17 @@ from bench.measure import (
     Clock,
     Timing,
     as_json,
+    by_groups,
     hardware,
     inference,
     interleaved,
-    options,
+    memory_as_json,
     peak_memory,
-    settle,
     steps,
 )
 from bench.segvit import batch
 from maskfirst import recipe
 from maskfirst.build import Experiment
-from maskfirst.files import write_json
 from maskfirst.ops.cpu import fast_on_cpu
 from maskfirst.ops.dcnv3 import Window, dcnv3, dcnv3_by_gather
 from maskfirst.segmenter import Segmenter
@@ -186,9 +185,7 @@ def measure(groups: Sequence[str], repeats: int, clock: Clock) -> dict[str, Any]
     for check in checks:
         print(check)
     found["timings"] = as_json(timings)
-    found["memory"] = {
-        name: {"peak_mib": round(peak), "base_mib": round(base)} for name, (peak, base) in memory.items()
-    }
+    found["memory"] = memory_as_json(memory)
     found["original"] = {"work": ORIGINAL, "peak_mib": ORIGINAL_MIB}
     found["checks"] = [check.as_json() for check in checks]
     return found
@@ -196,13 +193,7 @@ def measure(groups: Sequence[str], repeats: int, clock: Clock) -> dict[str, Any]
 
 def main() -> None:
     """Reads the command line."""
-    parser = options(__doc__, repeats=7)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="which groups of figures")
-    arguments = parser.parse_args()
-    clock = settle(arguments)
-    found = measure(arguments.only, arguments.repeats, clock)
-    if arguments.out is not None:
-        write_json(arguments.out, found)
+    by_groups(__doc__, 7, GROUPS, measure)
 
 
 if __name__ == "__main__":

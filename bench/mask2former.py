@@ -18,12 +18,11 @@ from bench.measure import (
     Clock,
     Timing,
     as_json,
+    by_groups,
     hardware,
     inference,
     interleaved,
-    options,
     peak_memory,
-    settle,
     steps,
 )
 from bench.segvit import batch
@@ -32,7 +31,6 @@ from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD
 from maskfirst.build import Experiment
 from maskfirst.convert import mask2former
 from maskfirst.convert.rename import rename
-from maskfirst.files import write_json
 from maskfirst.ops.cpu import fast_on_cpu
 from maskfirst.proposers.mask2former import Mask2Former
 from maskfirst.segmenter import Segmenter
@@ -149,13 +147,7 @@ def measure(groups: Sequence[str], repeats: int, clock: Clock) -> dict[str, Any]
 
 def main() -> None:
     """Reads the command line."""
-    parser = options(__doc__, repeats=7)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="which groups of figures")
-    arguments = parser.parse_args()
-    clock = settle(arguments)
-    found = measure(arguments.only, arguments.repeats, clock)
-    if arguments.out is not None:
-        write_json(arguments.out, found)
+    by_groups(__doc__, 7, GROUPS, measure)
 
 
 if __name__ == "__main__":

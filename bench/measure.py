@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from maskfirst.files import write_json
 from maskfirst.optim import parameter_groups
 from maskfirst.segmenter import Segmenter
 from maskfirst.training import Training
@@ -123,6 +124,27 @@ def options(description: str | None, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--busy", action="store_true", help="processor time of one thread")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     return parser
+
+
+def by_groups(
+    description: str | None,
+    repeats: int,
+    groups: Sequence[str],
+    measure: Callable[[Sequence[str], int, Clock], dict[str, Any]],
+) -> None:
+    """The command line of a bench whose figures come in groups, `--only` some of them: runs `measure`, writes its JSON."""
+    parser = options(description, repeats)
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups, help="which groups of figures")
+    arguments = parser.parse_args()
+    clock = settle(arguments)
+    found = measure(arguments.only, arguments.repeats, clock)
+    if arguments.out is not None:
+        write_json(arguments.out, found)
+
+
+def memory_as_json(memory: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, int]]:
+    """MiB at most and before, by name, as `peak_memory` tells them."""
+    return {name: {"peak_mib": round(peak), "base_mib": round(base)} for name, (peak, base) in memory.items()}
 
 
 def settle(arguments: argparse.Namespace) -> Clock:

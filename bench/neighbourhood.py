@@ -18,15 +18,14 @@ from bench.measure import (
     Clock,
     Timing,
     as_json,
+    by_groups,
     hardware,
     inference,
     interleaved,
-    options,
+    memory_as_json,
     peak_memory,
-    settle,
 )
 from maskfirst.backbones.dinat import DiNAT
-from maskfirst.files import write_json
 from maskfirst.ops.cpu import fast_on_cpu
 from maskfirst.ops.neighbourhood_attention import neighbourhood_attention, neighbours
 
@@ -186,22 +185,14 @@ def measure(groups: Sequence[str], repeats: int, clock: Clock) -> dict[str, Any]
     for check in checks:
         print(check)
     found["timings"] = as_json(timings)
-    found["memory"] = {
-        name: {"peak_mib": round(peak), "base_mib": round(base)} for name, (peak, base) in memory.items()
-    }
+    found["memory"] = memory_as_json(memory)
     found["checks"] = [check.as_json() for check in checks]
     return found
 
 
 def main() -> None:
     """Reads the command line."""
-    parser = options(__doc__, repeats=5)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="which groups of figures")
-    arguments = parser.parse_args()
-    clock = settle(arguments)
-    found = measure(arguments.only, arguments.repeats, clock)
-    if arguments.out is not None:
-        write_json(arguments.out, found)
+    by_groups(__doc__, 5, GROUPS, measure)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from maskfirst.backbones.blocks import run
 from maskfirst.backbones.deformable import DeformableAttention, places_on
 from maskfirst.backbones.doubling import Doubling
 from maskfirst.backbones.pixels import Pixels, fill_up
@@ -21,7 +21,6 @@ from maskfirst.backbones.pyramid import STRIDES
 from maskfirst.backbones.timm_models import load_timm
 from maskfirst.contracts import Backbone, Trunk
 from maskfirst.frames import Size
-from maskfirst.ops.cpu import both_times
 
 PATCH = 16
 
@@ -239,9 +238,7 @@ class Adapter(Backbone):
         return [norm(each) for norm, each in zip(self.norms, maps, strict=True)]
 
     def _run(self, part: Callable[..., Tensor], *given: Any) -> Tensor:
-        if not self.checkpointing or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return part(*given)
-        return checkpoint(part, *given, use_reentrant=False, context_fn=both_times)
+        return run(part, *given, checkpointing=self.checkpointing)
 
 
 def _groups(interactions: Sequence[tuple[int, int]] | None, depth: int) -> tuple[tuple[int, int], ...]:

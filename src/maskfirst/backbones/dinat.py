@@ -5,7 +5,7 @@ Hassani and Shi, "Dilated Neighborhood Attention Transformer", 2022.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from maskfirst.backbones.blocks import drop_rates, run
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.pyramid import STRIDES
 from maskfirst.backbones.timm_models import load_timm
 from maskfirst.contracts import Backbone, Resizable
-from maskfirst.ops.cpu import both_times
 from maskfirst.ops.neighbourhood_attention import neighbourhood_attention
 
 NORM_EPS = 1e-5
@@ -135,10 +135,9 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, maps: Float[Tensor, "B H W c"], checkpointing: bool) -> Float[Tensor, "B h w C"]:
-        again = checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         maps = self.entrance(maps)
         for block in self.blocks:
-            maps = checkpoint(block, maps, use_reentrant=False, context_fn=both_times) if again else block(maps)
+            maps = run(block, maps, checkpointing=checkpointing)
         return maps
 
 
@@ -181,13 +180,11 @@ class DiNAT(Backbone, Resizable):
         design = replace(DESIGNS[model], **{key: value for key, value in changes.items() if value is not None})
         widths = tuple(design.width * 2**stage for stage in range(len(STRIDES)))
         _check(design, widths)
-        last = max(sum(design.depths) - 1, 1)
-        rates = [drop_path * index / last for index in range(sum(design.depths))]
-        ends = list(accumulate(design.depths))
+        rates = drop_rates(drop_path, design.depths)
         stages = []
         for stage, channels in enumerate(widths):
             entrance = Halving((channels // 2, channels) if stage else (3, channels // 2, channels), bias=not stage)
-            steps = zip(design.dilations[stage], rates[ends[stage] - design.depths[stage] : ends[stage]], strict=True)
+            steps = zip(design.dilations[stage], rates[stage], strict=True)
             blocks = [Block(channels, design.heads[stage], design, dilation, rate) for dilation, rate in steps]
             stages.append(Stage(entrance, blocks))
         self.stages = nn.ModuleList(stages)

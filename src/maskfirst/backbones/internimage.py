@@ -5,7 +5,6 @@ Wang et al., "InternImage: Exploring Large-Scale Vision Foundation Models with D
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -13,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maskfirst.backbones.blocks import drop_rates, run
 from maskfirst.backbones.deformable import at_least_single, softmax_of_few
 from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.pyramid import STRIDES
 from maskfirst.backbones.timm_models import load_timm
 from maskfirst.contracts import Backbone
-from maskfirst.ops.cpu import both_times
 from maskfirst.ops.dcnv3 import Window, dcnv3
 
 NORM_EPS = 1e-6
@@ -174,10 +173,9 @@ class Stage(nn.Module):
         self.norm = nn.LayerNorm(width, NORM_EPS) if norm else nn.Identity()
 
     def forward(self, maps: Float[Tensor, "B H W c"], checkpointing: bool) -> Float[Tensor, "B h w C"]:
-        again = checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         maps = self.entrance(maps)
         for index, block in enumerate(self.blocks):
-            maps = checkpoint(block, maps, use_reentrant=False, context_fn=both_times) if again else block(maps)
+            maps = run(block, maps, checkpointing=checkpointing)
             if index in self.after:
                 maps = self.post_norms[self.after[index]](maps)
         return self.norm(maps)
@@ -228,18 +226,16 @@ class InternImage(Backbone):
         design = replace(DESIGNS[model], **{key: value for key, value in changes.items() if value is not None})
         widths = tuple(design.width * 2**stage for stage in range(len(STRIDES)))
         _check(design, widths)
-        last = max(sum(design.depths) - 1, 1)
-        rates = [drop_path * index / last for index in range(sum(design.depths))]
-        ends = list(accumulate(design.depths))
         stages = []
-        for stage, (channels, depth, parts) in enumerate(zip(widths, design.depths, design.groups, strict=True)):
+        rates = drop_rates(drop_path, design.depths)
+        for stage, (channels, parts, some) in enumerate(zip(widths, design.groups, rates, strict=True)):
             entrance = (
                 Halving(channels // 2, channels, bias=False)
                 if stage
                 else nn.Sequential(Halving(3, channels // 2, True), nn.GELU(), Halving(channels // 2, channels, True))
             )
             hidden = int(channels * mlp_ratio)
-            blocks = [Block(channels, parts, hidden, design, rate) for rate in rates[ends[stage] - depth : ends[stage]]]
+            blocks = [Block(channels, parts, hidden, design, rate) for rate in some]
             between = design.post_norms if stage == POST_NORMED else ()
             stages.append(Stage(entrance, blocks, channels, between, design.norms != "after" or design.centre_scale))
         self.stages = nn.ModuleList(stages)
