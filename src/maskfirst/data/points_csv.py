@@ -10,6 +10,7 @@ from maskfirst.data.coding import DataError
 from maskfirst.data.folder import folder
 from maskfirst.data.vocabulary import from_names, load, of_folder
 from maskfirst.errors import nearest
+from maskfirst.formats import FormatError
 from maskfirst.formats import points as tables
 from maskfirst.formats.boxes import Boxes
 from maskfirst.frames import Size
@@ -30,7 +31,7 @@ class PointsCSV(Annotated):
     ) -> None:
         """`points`: a CSV file in `root`, whose first line names the columns image, y, x and class: a path in the folder
         `images`, a place in px, (0, 0) being the centre of the first pixel, rounded, and a name. `radius`: px around a point
-        that count as it. `vocabulary`: as of Folder. `limit`: use so many pictures. Raises UserError.
+        that count as it. `vocabulary`: as of Folder. `limit`: use so many pictures. Raises DataError or VocabularyError.
         """
         place = Path(root)
         inside = folder(place, images.replace("{split}", split))
@@ -41,7 +42,10 @@ class PointsCSV(Annotated):
         else:
             words = load(vocabulary, place) if isinstance(vocabulary, str) else from_names(vocabulary)
         self.file, self.radius = place / points.replace("{split}", split), radius
-        found = tables.read(self.file, named=True)
+        try:
+            found = tables.read(self.file, named=True)
+        except FormatError as error:
+            raise DataError(str(error)) from error
         for point in (point for each in found.values() for point in each):
             if point.name not in words.names:
                 where = f"{self.file}: line {point.line}"
