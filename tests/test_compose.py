@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,17 @@ def test_evaluate_prints_the_matrix(run: Run, trained: Path, pointed: Path) -> N
     table = run("evaluate", trained, "--matrix", "--namer", pointed)
     assert "0.4 vit_p" in table.out
     assert "–" in table.out
+
+
+def test_the_matrix_names_what_cannot_be_read_once(run: Run, trained: Path, demo: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(demo, copy)
+    broken = sorted((copy / "images/val").iterdir())[0]
+    broken.write_bytes(b"no picture")
+    ended = run("evaluate", trained, "-s", f"data.val={{kind: folder, root: {copy}, split: val}}", "--matrix")
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
+    assert broken.name in line
 
 
 @pytest.mark.parametrize(

@@ -210,10 +210,12 @@ def evaluate(
     asked = task.value if task else experiment.task
     with ranks.processes(devices, 1, precision.value) as fabric:
         chief = fabric.global_rank == 0
+        # Each once, however many models are scored.
+        failed: dict[str, None] = {}
 
         def scored(model: "Segmenter", worst: Path | None = None) -> "Evaluation":
             with _bar("evaluating", chief) as advance, fabric.autocast():
-                return evaluate(
+                told = evaluate(
                     model.to(fabric.device),
                     dataset,
                     asked,
@@ -225,13 +227,13 @@ def evaluate(
                     worst_dir=worst,
                     boundary=boundary,
                 )
+            failed.update(dict.fromkeys(error for _, error in told.failed))
+            return told
 
         if matrix:
             found = compose_matrix(segmenter, lambda model: scored(model).scores, blend, saved)
-            failed = []
         else:
             found = scored(segmenter, None if out is None else out / "worst")
-            failed = [error for _, error in found.failed]
     if not chief:
         return
     if out is not None:
@@ -240,7 +242,7 @@ def evaluate(
         _print_json(found.as_json())
     else:
         _print(found.as_table())
-    _end(failed)
+    _end([*failed])
 
 
 @app.command()
