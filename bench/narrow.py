@@ -43,19 +43,28 @@ from maskfirst.segmenter import Inference, Segmenter
 from maskfirst.train import train
 from maskfirst.types import Vocabulary
 
-NARROW: dict[str, dict[str, Any]] = {
-    "upernet": {"width": 32, "auxiliary_width": 16},
-    "mask2former": {
-        "width": 128, "mask_width": 64, "heads": 4, "encoder_feedforward": 128, "decoder_feedforward": 128,
+_BACKBONE = {"heads": 4, "stem": 16}
+NARROW: dict[str, dict[str, dict[str, Any]]] = {
+    "upernet": {
+        "proposer": {"width": 32, "auxiliary_width": 16},
+        "backbone": _BACKBONE,
+        "trunk": {"width": 48, "heads": 2, "pretrained": False},
     },
-    "backbone": {"heads": 4, "stem": 16},
-    "trunk": {"width": 48, "heads": 2, "pretrained": False},
+    "mask2former": {
+        "proposer": {
+            "width": 128, "mask_width": 64, "heads": 4, "encoder_feedforward": 128, "decoder_feedforward": 128,
+        },
+        "backbone": _BACKBONE,
+        "trunk": {"width": 96, "heads": 2, "pretrained": False},
+    },
 }  # fmt: skip
-"""What the parts are told: a proposer by its kind, what lies in it by its key in the recipe."""
-RATES = {"upernet": (1e-2,), "mask2former": (1.5e-3, 3e-3)}
-"""Learning rates, by the proposer's kind, tried in turn until a recipe holds. Names after a Mask2Former learn as slowly as
-embeddings, at 0.07 of the rate on a trunk of 24 blocks: narrower than here, 50 steps do not bring them to say no object; and
-some of these trunks come to rest at the lower rate alone, others get far enough at the higher alone.
+"""What the parts are told: by the proposer's kind, and each part by its key in the recipe. Names after a Mask2Former learn as
+slowly as embeddings, at 0.07 of the rate on a trunk of 24 blocks: narrower than here, 50 steps do not bring them to say no
+object.
+"""
+RATES = {"upernet": (1e-2,), "mask2former": (1.5e-3, 2e-3, 3e-3)}
+"""Learning rates, by the proposer's kind, tried in turn until a recipe holds: some of these trunks come to rest at a lower rate
+alone, others get far enough at a higher alone.
 """
 CROP = 128
 """The longer side of a crop in training, px."""
@@ -119,7 +128,7 @@ def overrides(whole: Recipe, data: Path) -> list[str]:
         raise ValueError(f"{whole.source}: has no size that its crops could be shrunk by")
     pictures = {"kind": "folder", "root": str(data), "images": "images", "labels": "annotations"}
     told = {
-        **dict(narrowed("proposer", tree["proposer"])),
+        **dict(narrowed("proposer", tree["proposer"], NARROW[tree["proposer"]["kind"]])),
         **dict(shrunk(tree["augment"], size)),
         "data": {"train": pictures, "val": {**pictures, "limit": 1}},
         **{f"train.{key}": value for key, value in TRAIN.items()},
@@ -128,16 +137,14 @@ def overrides(whole: Recipe, data: Path) -> list[str]:
     return ["data=null", *(f"{place}={json.dumps(value)}" for place, value in told.items())]
 
 
-def narrowed(place: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def narrowed(place: str, node: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The place in the recipe and the value of every size of the part `node` and of those inside of it."""
-    key = place.rpartition(".")[2]
-    told = NARROW[node["kind"] if key == "proposer" else key]
+    told = sizes[place.rpartition(".")[2]]
     # Only some trunks can fetch weights.
-    sizes = {size: value for size, value in told.items() if size != "pretrained" or size in node}
-    yield from ((f"{place}.{size}", value) for size, value in sizes.items())
+    yield from ((f"{place}.{size}", value) for size, value in told.items() if size != "pretrained" or size in node)
     for inner in ("backbone", "trunk"):
         if inner in node:
-            yield from narrowed(f"{place}.{inner}", node[inner])
+            yield from narrowed(f"{place}.{inner}", node[inner], sizes)
 
 
 def shrunk(augment: Sequence[Mapping[str, Any]], size: Size) -> Iterator[tuple[str, Any]]:
