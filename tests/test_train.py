@@ -275,11 +275,26 @@ def test_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
 
 def test_bf16_keeps_weights_in_32_bits(tmp_path: Path) -> None:
     run(tiny_parts.recipe(), tmp_path / "fp32")
-    run(tiny_parts.recipe(precision="bf16"), tmp_path / "bf16")
+    run(tiny_parts.recipe(), tmp_path / "bf16", precision="bf16")
     one, other = state_of(tmp_path / "fp32"), state_of(tmp_path / "bf16")
     assert {value.dtype for value in other.values()} == {torch.float32}
     assert_equal(one, other, 0.05)
     assert not torch.equal(one["model.proposer.head.weight"], other["model.proposer.head.weight"])
+
+
+def test_a_recipe_in_bf16_trains_in_fp32_where_the_processor_cannot_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_parts.recipe(), tmp_path / "fp32")
+    monkeypatch.setattr("maskfirst.ranks.multiplies_bf16", lambda: False)
+    run(tiny_parts.recipe(precision="bf16"), tmp_path / "told")
+    said = capsys.readouterr()
+    assert "no instructions for bf16" in " ".join((said.out + said.err).split())
+    assert_equal(state_of(tmp_path / "fp32"), state_of(tmp_path / "told"), 0.0)
+    monkeypatch.setattr("maskfirst.ranks.multiplies_bf16", lambda: True)
+    run(tiny_parts.recipe(precision="bf16"), tmp_path / "bf16")
+    assert "no instructions" not in "".join(capsys.readouterr())
+    assert (tmp_path / "bf16" / "recipe.yaml").read_bytes() == (tmp_path / "told" / "recipe.yaml").read_bytes()
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:

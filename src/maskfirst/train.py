@@ -51,13 +51,16 @@ def train(
 ) -> Result:
     """Trains what a recipe describes, and leaves weights, scores, logs and pictures in the run folder `out`.
 
+    `precision`: in place of the recipe's, whose bf16 is fp32 on a processor that has no instructions for it.
     `start_from`: weights of which all that fits is loaded. `make_phase`: in place of the recipe's phase. SIGTERM and SIGINT
     end it after the step at hand, saved, by SystemExit 143 or 130. Raises UserError where the folder, the recipe, the data or
     the disk stand against it.
     """
     settings, tree, task, folder = experiment.training(), experiment.recipe.tree, experiment.task, RunFolder(out)
+    slow = precision is None and settings.precision == "bf16" and not ranks.multiplies_bf16()
     with contextlib.ExitStack() as stack:
-        fabric = stack.enter_context(ranks.processes(devices, nodes, precision or settings.precision))
+        told = "fp32" if slow else precision or settings.precision
+        fabric = stack.enter_context(ranks.processes(devices, nodes, told))
         stop = stack.enter_context(ranks.StopSignals())
         stack.enter_context(own_randomness(fabric.device))
         rank, world, chief = fabric.global_rank, fabric.world_size, fabric.global_rank == 0
@@ -66,6 +69,9 @@ def train(
         journal = stack.enter_context(
             Journal(state.step, settings.steps, settings.batch, state.seconds, not chief, progress)
         )
+
+        if slow:
+            journal.say("this processor has no instructions for bf16, so this trains in fp32; --precision bf16 insists")
 
         # What learns, and from what: the same in every process.
         seed_everything(settings.seed, "model")
