@@ -12,9 +12,10 @@ from torch import Tensor
 from fixtures_dir import FIXTURES
 from maskfirst import recipe as recipes
 from maskfirst.backbones.internimage import InternImage
+from maskfirst.build import Experiment
 from maskfirst.convert import internimage
 from maskfirst.convert.catalogue import ConvertError, convert
-from maskfirst.convert.rename import Misfit, RenameError, rename
+from maskfirst.convert.rename import Misfit, RenameError, destinations, rename
 from parity.rows import table
 from parity.runner import run
 from parity.tables import read_json
@@ -128,6 +129,32 @@ def test_shapes_tell_the_model_and_its_recipe() -> None:
     deeper = upernet | {"backbone.levels.3.blocks.4.dcn.mask.bias": torch.empty(288, device="meta")}
     assert str(internimage.facts(deeper)) == "an InternImage 64 wide with UperNet for 150 classes"
     assert internimage.plan(deeper) is None
+
+
+def test_of_cityscapes_classifiers_the_rows_that_count_are_taken(tmp_path: Path) -> None:
+    """The released files for Cityscapes have ADE20K's number of rows, and name Cityscapes' classes."""
+    narrow = ["proposer.width=8", "proposer.auxiliary_width=8", "proposer.backbone={width: 8, groups: [1, 2, 4, 4]}"]
+    recipe = recipes.load("internimage-t-upernet-cityscapes", narrow)
+    experiment = Experiment(recipe)
+    own = experiment.segmenter(meta=True).state_dict()
+    whole = manifest("internimage_t_upernet_ade20k")
+    homes = destinations(whole, internimage.rules(whole.keys()))
+    tensors = {key: torch.rand(own[goal].shape) for key, (goal,) in homes.items()}
+    heads = [f"{head}.conv_seg.{kind}" for head in ("decode_head", "auxiliary_head") for kind in ("weight", "bias")]
+    tensors |= {key: torch.rand(150, *tensors[key].shape[1:]) for key in heads}
+    meta = {"CLASSES": experiment.vocabulary.names}
+    torch.save({"meta": meta, "state_dict": tensors}, tmp_path / "mine.pth")
+    report = convert(tmp_path / "mine.pth", recipe, tmp_path / "out.safetensors")
+    assert set(report.left) == {f"rows 19.. of {key}" for key in heads}
+    assert not report.notes
+    found = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(found["proposer.classifier.weight"], tensors["decode_head.conv_seg.weight"][:19])
+    assert torch.equal(found["proposer.auxiliary.2.bias"], tensors["auxiliary_head.conv_seg.bias"][:19])
+    with pytest.raises(ConvertError, match="8 wide with UperNet for 19 classes, which no bundled recipe is"):
+        convert(tmp_path / "mine.pth", None, tmp_path / "out.safetensors")
+    counted = whole | internimage.spare(whole, 19)
+    assert internimage.plan(counted) == ("internimage-t-upernet-cityscapes", ())
+    assert internimage.spare(whole, 150) == internimage.spare(manifest("internimage_h_mask2former_ade20k"), 19) == {}
 
 
 if FIXTURES is not None:

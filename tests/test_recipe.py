@@ -604,3 +604,37 @@ def test_every_example_builds(contract: type, kind: str) -> None:
     given = {object: {"vocabulary": Experiment(changed()).vocabulary, "size": (32, 32), "width": 16}}
     built = construct(found.example, contract, menus=MENUS, given=given, where="part", source="example")
     assert type(built) is found
+
+
+def test_a_part_may_begin_as_one_of_another_recipe(tmp_path: Path) -> None:
+    written(tmp_path, "namer: {kind: far, size: [3, 4], trunk: {depth: 12, heads: [1, 2]}}", "other.yaml")
+    written(tmp_path, "base: other.yaml\nnamer: {trunk: {depth: 24}}", "deeper.yaml")
+    tree = read(
+        tmp_path,
+        "namer:\n  kind: blend\n  second: {base: 'deeper.yaml:namer', point: peak, trunk: {heads: [8]}}\n"
+        "list: [{base: 'other.yaml:namer.trunk'}]",
+    )
+    trunk = {"depth": 24, "heads": [8]}
+    assert tree["namer"]["second"] == {"kind": "far", "size": [3, 4], "trunk": trunk, "point": "peak"}
+    assert tree["list"] == [{"depth": 12, "heads": [1, 2]}]
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("other.yaml", "should be a recipe and a place in it, such as vit-p-b-ade20k:namer, got 'other.yaml'."),
+        ("3", "should be a recipe and a place in it, such as vit-p-b-ade20k:namer, got 3."),
+        ("'oter.yaml:namer'", "{folder}/oter.yaml: no such recipe file. Did you mean 'other.yaml'?"),
+        (
+            "'other.yaml:namr.trunk'",
+            "there is no 'namr.trunk' in {folder}/other.yaml. Did you mean 'namer'? Known: namer.",
+        ),
+        ("'camvid.yaml:namer'", "recipes inherit from each other in a circle"),
+    ],
+)
+def test_a_part_that_cannot_begin_so_is_a_sentence(tmp_path: Path, base: str, message: str) -> None:
+    written(tmp_path, "namer: {trunk: {depth: 12}}", "other.yaml")
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, f"namer:\n  second: {{base: {base}}}")
+    assert message.format(folder=tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -397,7 +397,8 @@ def show(
     what: Annotated[str, typer.Argument(metavar="RECIPE|WEIGHTS", help="A recipe, or weights.")],
     changes: Changes = None,
     size: Annotated[
-        str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Of the picture, px; the recipe's size by default.")
+        str | None,
+        typer.Option(metavar="HEIGHTxWIDTH", help="Of the picture, px; the recipe's size by default, or 512x512."),
     ] = None,
     trust: Trust = False,
     as_json: Json = False,
@@ -409,9 +410,7 @@ def show(
 
     experiment = _of_weights(what, changes, trust) if _names_weights(what) else _experiment(what, changes)
     segmenter = experiment.segmenter(meta=True)
-    seen = experiment.size if size is None else _size(size)
-    if seen is None:
-        raise UserError(f"{experiment.recipe.source}: has no `size`; give one with --size 512x512")
+    seen = (experiment.size or (512, 512)) if size is None else _size(size)
     found = cost(segmenter, seen)
     if as_json:
         _print_json({"recipe": experiment.recipe.tree, "cost": _cost_as_json(found)})
@@ -450,18 +449,22 @@ def convert(
         Path, typer.Argument(help="A checkpoint of one of the original projects, or a zip archive with one in it.")
     ],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    names: Annotated[
+        Path | None,
+        typer.Argument(help="A checkpoint of ViT-P that names the masks of the first, too: one model of both."),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="The recipe of its model; the bundled one that fits by default.")
     ] = None,
     changes: Changes = None,
     as_json: Json = False,
 ) -> None:
-    """Make weights of ours from a checkpoint of the original projects; every key of it is spoken for."""
+    """Make weights of ours from a checkpoint of the original projects, or from two; every key is spoken for."""
     from maskfirst.convert.catalogue import convert
 
     if recipe is None and changes:
         raise UserError("convert: --set changes a recipe; give one with --recipe")
-    report = convert(checkpoint, None if recipe is None else _experiment(recipe, changes).recipe, out)
+    report = convert(checkpoint, None if recipe is None else _experiment(recipe, changes).recipe, out, names)
     if as_json:
         _print_json(report.as_json())
     else:
@@ -503,9 +506,13 @@ def recipes(as_json: Json = False) -> None:
             f"{row.parameters / 1e6:.1f}",
             f"{told.gflops:.1f}" if told and told.gflops else "",
             f"{row.gflops:.1f}" if row.gflops else "",
-            told.checkpoint if told and told.checkpoint else "",
+            _checkpoint(told.checkpoint) if told else "",
         )
     _print(table)
+
+
+def _checkpoint(files: str | tuple[str, str] | None) -> str:
+    return files or "" if not isinstance(files, tuple) else " + ".join(files)
 
 
 def _scores(scores: Mapping[str, float]) -> str:

@@ -72,14 +72,15 @@ class Published:
     """What others have reported for the model of a recipe: its section `published`.
 
     `scores` in percent, those with test-time augmentation as `..._tta`. `source`: where the `checkpoint` lies, the file that
-    was released; None: the scores alone were. `parameters`: of the original code's model. `gflops`: 1e9
+    was released; None: the scores alone were. Of two stages `checkpoint` is the files of both, and `source` where the second
+    lies; the first is that of a recipe of its own. `parameters`: of the original code's model. `gflops`: 1e9
     multiply-accumulates.
     """
 
     dataset: str
     scores: dict[str, float]
     source: str
-    checkpoint: str | None = None
+    checkpoint: str | tuple[str, str] | None = None
     parameters: int | None = None
     gflops: float | None = None
 

@@ -426,6 +426,7 @@ def _inherited(path: Path, shown: str, heirs: tuple[Path, ...]) -> dict[str, Any
     if not isinstance(tree, dict):
         raise RecipeError(f"{shown}: should be a mapping, got {_told(tree)}.")
     base = tree.pop("base", None)
+    tree = {key: _with_parts(node, path, shown, key, chain) for key, node in tree.items()}
     if base is None:
         return tree
     if not isinstance(base, str):
@@ -436,6 +437,36 @@ def _inherited(path: Path, shown: str, heirs: tuple[Path, ...]) -> dict[str, Any
         raise RecipeError(f"{shown}: base: {error}") from error
     inherited = {key: value for key, value in _inherited(below, name, chain).items() if key not in OWN}
     return _merged(inherited, tree)
+
+
+def _with_parts(node: Any, path: Path, shown: str, where: str, chain: tuple[Path, ...]) -> Any:
+    """A node of the file at `path` on top of what its `base`, RECIPE:PLACE, is in another recipe, at any depth."""
+    if isinstance(node, list):
+        return [_with_parts(item, path, shown, _join(where, index), chain) for index, item in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    own = {key: _with_parts(item, path, shown, _join(where, key), chain) for key, item in node.items()}
+    base = own.pop("base", None)
+    if base is None:
+        return own
+    recipe, sign, place = base.rpartition(":") if isinstance(base, str) else ("", "", "")
+    if not (sign and recipe and place):
+        raise RecipeError(
+            f"{shown}: {where}.base: should be a recipe and a place in it, such as vit-p-b-ade20k:namer, got {_told(base)}."
+        )
+    try:
+        below, name = _locate(recipe, path)
+    except RecipeError as error:
+        raise RecipeError(f"{shown}: {where}.base: {error}") from error
+    found: Any = _inherited(below, name, chain)
+    for key in place.split("."):
+        if not isinstance(found, dict) or key not in found:
+            there = found if isinstance(found, dict) else {}
+            raise RecipeError(
+                f"{shown}: {where}.base: there is no '{place}' in {name}.{nearest(key, there)} {_known(list(there))}"
+            )
+        found = found[key]
+    return _merged(found, own)
 
 
 def _merged(base: Any, over: Any) -> Any:

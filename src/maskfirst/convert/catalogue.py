@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -31,8 +31,9 @@ from maskfirst.convert import (
 )
 from maskfirst.convert.pickles import Opened, open_checkpoint
 from maskfirst.convert.rename import Renamed, RenameError, Rule, rename
-from maskfirst.errors import UserError, listed
+from maskfirst.errors import UserError, listed, nearest
 from maskfirst.files import write_aside
+from maskfirst.namers.blend import Blend
 from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Vocabulary
@@ -51,14 +52,20 @@ class Whole:
     """An origin of whole models. Its functions are given the foreign keys, or the tensors by them.
 
     `describe`: what the tensors are, in words. `plan`: the bundled recipe of the very same model, with overrides, or None;
-    both may raise LookupError where a key or an axis is missing, UserError for tensors that cannot be taken over.
+    both may raise LookupError where a key or an axis is missing, UserError for tensors that cannot be taken over. `spare`:
+    of those that were released with rows for more classes than there are, given how many there are, the rows that count.
     """
 
     name: str
     recognises: Callable[[Collection[str]], bool]
     describe: Callable[[Tensors], str]
-    plan: Callable[[Tensors], tuple[str, tuple[str, ...]] | None]
+    plan: Callable[[Tensors], "Plan | None"]
     rules: Callable[[Collection[str]], Sequence[Rule]]
+    spare: Callable[[Tensors, int], Tensors] = lambda tensors, classes: {}
+
+
+Plan = tuple[str, tuple[str, ...]]
+"""A bundled recipe, and overrides."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ ORIGINS: tuple[Whole | Part, ...] = (
         lambda tensors: str(internimage.facts(tensors)),
         internimage.plan,
         internimage.rules,
+        internimage.spare,
     ),
     Whole(
         "Mask2Former",
@@ -175,20 +183,32 @@ class Report:
 def released() -> dict[str, str]:
     """The released checkpoints that are known: file name -> the bundled recipe of its model."""
     trees = {name: recipes.load(name).tree for name in recipes.names()}
-    published = {name: tree.get("published") or {} for name, tree in trees.items()}
-    return {told["checkpoint"]: name for name, told in published.items() if "checkpoint" in told}
+    files = {name: (tree.get("published") or {}).get("checkpoint") for name, tree in trees.items()}
+    # Of two stages each file has a recipe of its own.
+    return {file: name for name, file in files.items() if isinstance(file, str)}
 
 
-def convert(checkpoint: Path | str, recipe: Recipe | None, out: Path | str) -> Report:
+def convert(checkpoint: Path | str, recipe: Recipe | None, out: Path | str, names: Path | str | None = None) -> Report:
     """Writes the weights `out` from a foreign checkpoint; every key of both sides is spoken for, or nothing is written.
 
     Whole models need a recipe of the same model; None takes the bundled one that their shapes ask for. Pretrained parts
-    become a file for `weights:` at their place in a recipe; a recipe is then checked to have a place that it fits.
+    become a file for `weights:` at their place in a recipe; a recipe is then checked to have a place that it fits. `names`:
+    a checkpoint of ViT-P that names the masks of the first, too; both become one model, by a recipe whose namer is a `blend`.
     Raises CheckpointError, ConvertError, RecipeError or DiskError, each in one line.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if out.suffix != ".safetensors":
         raise ConvertError(f"{out}: weights are written as .safetensors; give --out such a name")
+    opened, origin = _opened(checkpoint)
+    if names is not None:
+        return _two(_Stage(checkpoint, opened, origin), _Stage(Path(names), *_opened(Path(names))), recipe, out)
+    if isinstance(origin, Whole):
+        return _whole(_Stage(checkpoint, opened, origin), origin, recipe, out)
+    return _part(checkpoint, opened.tensors, origin, recipe, out)
+
+
+def _opened(checkpoint: Path) -> tuple[Opened, Whole | Part]:
+    """A checkpoint's content and its origin. Raises ConvertError where that is none that is known."""
     opened = open_checkpoint(checkpoint)
     origin = next((each for each in ORIGINS if each.recognises(opened.tensors.keys())), None)
     if origin is None:
@@ -198,31 +218,55 @@ def convert(checkpoint: Path | str, recipe: Recipe | None, out: Path | str) -> R
         tops = sorted({key.replace("/", ".").split(".")[0] for key in opened.tensors})
         known = ", ".join(each.name for each in ORIGINS)
         raise ConvertError(f"{checkpoint}: of no known origin; it holds {listed(tops, _SHOWN)}. Known: {known}.")
-    if isinstance(origin, Whole):
-        return _whole(checkpoint, opened, origin, recipe, out)
-    return _part(checkpoint, opened.tensors, origin, recipe, out)
+    return opened, origin
 
 
-def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | None, out: Path) -> Report:
-    tensors = opened.tensors
-    try:
-        holds, plan = origin.describe(tensors), origin.plan(tensors)
-    except LookupError as error:
-        if recipe is None:
-            raise _lacking(checkpoint, origin.name, error) from error
-        # The recipe tells all that is wrong.
-        holds, plan = origin.name, None
-    except UserError as error:
-        raise ConvertError(f"{checkpoint}: {error}") from error
-    overrides: tuple[str, ...] = ()
-    if recipe is None:
+class _Stage(NamedTuple):
+    """A checkpoint that was opened."""
+
+    path: Path
+    opened: Opened
+    origin: Whole | Part
+
+    def told(self, origin: Whole, given: bool) -> tuple[str, Plan | None]:
+        """What it is, in words, and its bundled recipe. `given`: a recipe is, which tells all that is wrong."""
+        named = _class_names(self.opened.beside)
+        tensors = {**self.opened.tensors, **origin.spare(self.opened.tensors, len(named))}
+        try:
+            holds, plan = origin.describe(tensors), origin.plan(tensors)
+        except LookupError as error:
+            if not given:
+                raise _lacking(self.path, origin.name, error) from error
+            return origin.name, None
+        except UserError as error:
+            raise ConvertError(f"{self.path}: {error}") from error
+        if given or plan is None:
+            return holds, plan
+        return holds, _named((self.opened.name, self.path.name), self.opened.tensors, origin, plan)
+
+    def planned(self, origin: Whole) -> tuple[str, Plan]:
+        """As `told`. Raises ConvertError where no bundled recipe is of this model."""
+        holds, plan = self.told(origin, False)
         if plan is None:
             known = listed((f"{file} ({name})" for file, name in released().items()), _SHOWN)
             raise ConvertError(
-                f"{checkpoint}: {holds}, which no bundled recipe is; give its own with --recipe. Released are: {known}."
+                f"{self.path}: {holds}, which no bundled recipe is; give its own with --recipe. Released are: {known}."
             )
-        plan = _named((opened.name, checkpoint.name), tensors, origin) or plan
+        return holds, plan
+
+
+def _whole(stage: _Stage, origin: Whole, recipe: Recipe | None, out: Path) -> Report:
+    checkpoint, tensors = stage.path, stage.opened.tensors
+    overrides: tuple[str, ...] = ()
+    if recipe is None:
+        holds, plan = stage.planned(origin)
         recipe, overrides = recipes.load(*plan), plan[1]
+    else:
+        holds, plan = stage.told(origin, True)
+    if (recipe.tree.get("namer") or {}).get("kind") == "blend":
+        raise ConvertError(
+            f"{checkpoint}: {holds}, and {recipe.name} has a `blend` of two stages: give their checkpoints one after the other"
+        )
     try:
         experiment, segmenter, renamed = _fitted(tensors, origin, recipe)
     except RenameError as error:
@@ -234,31 +278,101 @@ def _whole(checkpoint: Path, opened: Opened, origin: Whole, recipe: Recipe | Non
         # The right recipe, of whose model there are several, such as PASCAL-Context's 59 and 60 classes.
         recipe, overrides = recipes.override(recipe, plan[1]), plan[1]
         experiment, segmenter, renamed = _fitted(tensors, origin, recipe)
-    segmenter.load_state_dict(_as_ours(renamed, segmenter), assign=True)
+    segmenter.load_state_dict(_as_ours(renamed.tensors, segmenter), assign=True)
     weights.save(out, segmenter, recipe.tree, experiment.vocabulary, source=f"{checkpoint.name} ({origin.name})")
-    notes = _name_notes(opened.beside, experiment.vocabulary)
+    notes = _name_notes(stage.opened.beside, experiment.vocabulary)
     taken, left = len(renamed.homes), renamed.left
     return Report(str(checkpoint), origin.name, holds, recipe.name, overrides, str(out), taken, left, notes)
 
 
-def _named(files: Sequence[str], tensors: Tensors, origin: Whole) -> tuple[str, tuple[str, ...]] | None:
+def _two(masks: _Stage, names: _Stage, recipe: Recipe | None, out: Path) -> Report:
+    """One model of two checkpoints, of which the second names the masks of the first, too."""
+    first, second = masks.origin, names.origin
+    if not (isinstance(second, Whole) and vit_p.recognises(names.opened.tensors)):
+        raise ConvertError(
+            f"{names.path}: {second.name}, which names no other model's masks; the second checkpoint should be a ViT-P"
+        )
+    if not isinstance(first, Whole) or vit_p.recognises(masks.opened.tensors):
+        raise ConvertError(
+            f"{masks.path}: {first.name}, which finds no masks; the first checkpoint should be of a model"
+        )
+    overrides: tuple[str, ...] = ()
+    if recipe is None:
+        (holds, plan), (more, named) = masks.planned(first), names.planned(second)
+        recipe, overrides = recipes.load(_pair(masks, names, plan[0], named[0]), plan[1]), plan[1]
+    else:
+        (holds, _), (more, _) = masks.told(first, True), names.told(second, True)
+    holds = f"{holds}; {more}"
+    experiment = Experiment(recipe)
+    segmenter = experiment.segmenter(meta=True)
+    if not isinstance(segmenter.namer, Blend):
+        raise ConvertError(
+            f"{names.path}: {recipe.name} has namer {segmenter.namer.example['kind']}; of two checkpoints it should be a "
+            "`blend` of a class_head and a vit_p"
+        )
+    shapes, classes = _shapes(segmenter), len(experiment.vocabulary)
+    ours, taken, left = dict[str, Tensor](), 0, dict[str, str]()
+    for stage, origin, place in ((masks, first, "namer.first."), (names, second, "namer.second.")):
+        # The keys as they are where this stage is the whole model.
+        own = [key for key in shapes if key.startswith(place) or (stage is masks and not key.startswith("namer."))]
+        homes = {key.replace(place, "namer.", 1): key for key in own}
+        try:
+            renamed = _renamed(stage.opened.tensors, origin, {key: shapes[homes[key]] for key in homes}, classes)
+        except RenameError as error:
+            raise ConvertError(f"{stage.path}, {holds}, with recipe {recipe.name}: {error}") from error
+        ours |= {homes[key]: tensor for key, tensor in renamed.tensors.items()}
+        taken, left = taken + len(renamed.homes), left | renamed.left
+    segmenter.load_state_dict(_as_ours(ours, segmenter), assign=True)
+    source = " and ".join(f"{stage.path.name} ({stage.origin.name})" for stage in (masks, names))
+    weights.save(out, segmenter, recipe.tree, experiment.vocabulary, source=source)
+    notes = _name_notes(masks.opened.beside, experiment.vocabulary)
+    files, origins = f"{masks.path} and {names.path}", f"{first.name} and {second.name}"
+    return Report(files, origins, holds, recipe.name, overrides, str(out), taken, left, notes)
+
+
+def _pair(masks: _Stage, names: _Stage, first: str, second: str) -> str:
+    """The bundled recipe of two stages. Raises ConvertError where there is none."""
+    wanted = vit_p.pair(first, second)
+    if wanted not in recipes.names():
+        others = [name for name in recipes.names() if name.startswith("vit-p-")]
+        blends = [name for name in others if recipes.load(name).tree["namer"]["kind"] == "blend"]
+        namer = f"{{kind: blend, first: {{kind: class_head}}, second: {{base: '{second}:namer', point: peak}}}}"
+        raise ConvertError(
+            f"{masks.path} and {names.path}: {first} and {second}, of which no bundled recipe is made."
+            f"{nearest(wanted, blends)} Give one with --recipe, of `base: {first}` and `namer: {namer}`. "
+            f"Bundled are: {', '.join(blends)}."
+        )
+    return wanted
+
+
+def _named(files: Sequence[str], tensors: Tensors, origin: Whole, plan: Plan) -> Plan:
     """The recipe that was released under one of the names, if it fits: models for several tasks can have the same shapes."""
     known = released()
     name = next((known[file] for file in files if file in known), None)
     if name is None:
-        return None
-    try:
-        _fitted(tensors, origin, recipes.load(name))
-    except RenameError:
-        return None
-    return name, ()
+        return plan
+    for overrides in ((), plan[1]):
+        try:
+            _fitted(tensors, origin, recipes.load(name, overrides))
+        except RenameError:
+            continue
+        return name, overrides
+    return plan
 
 
 def _fitted(tensors: Tensors, origin: Whole, recipe: Recipe) -> tuple[Experiment, Segmenter, Renamed]:
     """The model of a recipe, without memory, and the tensors by its keys. Raises RenameError where they do not fit."""
     experiment = Experiment(recipe)
     segmenter = experiment.segmenter(meta=True)
-    return experiment, segmenter, rename(tensors, origin.rules(tensors.keys()), _shapes(segmenter))
+    return experiment, segmenter, _renamed(tensors, origin, _shapes(segmenter), len(experiment.vocabulary))
+
+
+def _renamed(tensors: Tensors, origin: Whole, shapes: Mapping[str, torch.Size], classes: int) -> Renamed:
+    """The tensors by our keys. Rows of more classes than there are count as left behind."""
+    counted = origin.spare(tensors, classes)
+    renamed = rename({**tensors, **counted}, origin.rules(tensors.keys()), shapes)
+    left = {f"rows {len(few)}.. of {key}": "of no class, as there are fewer" for key, few in counted.items()}
+    return replace(renamed, left=renamed.left | left)
 
 
 def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | None, out: Path) -> Report:
@@ -273,7 +387,7 @@ def _part(checkpoint: Path, tensors: Tensors, origin: Part, recipe: Recipe | Non
         renamed = rename(tensors, origin.rules(tensors.keys()), _shapes(module))
     except RenameError as error:
         raise ConvertError(f"{checkpoint}: {error}") from error
-    ours = _as_ours(renamed, module)
+    ours = _as_ours(renamed.tensors, module)
     contract = Backbone if isinstance(module, Backbone) else Trunk
     places, notes = ((origin.place,), ()) if recipe is None else _places(checkpoint, ours, origin, contract, recipe)
     # A copy of its own each, as safetensors refuses tensors that share memory.
@@ -341,19 +455,25 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in module.state_dict().items()}
 
 
-def _as_ours(renamed: Renamed, module: nn.Module) -> dict[str, Tensor]:
+def _as_ours(tensors: Tensors, module: nn.Module) -> dict[str, Tensor]:
     """The tensors in the types that the module has them in."""
     own = module.state_dict()
-    return {key: tensor.to(own[key].dtype) for key, tensor in renamed.tensors.items()}
+    return {key: tensor.to(own[key].dtype) for key, tensor in tensors.items()}
+
+
+def _class_names(beside: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that the checkpoint names itself, as mmcv's do."""
+    meta = beside.get("meta")
+    told = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    return tuple(map(str, told)) if isinstance(told, Sequence) and not isinstance(told, str) else ()
 
 
 def _name_notes(beside: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[str, ...]:
-    """Whether the classes that the checkpoint names itself, as mmcv's do, are the recipe's."""
-    meta = beside.get("meta")
-    told = meta.get("CLASSES") if isinstance(meta, Mapping) else None
-    if not isinstance(told, Sequence) or isinstance(told, str):
+    """Whether the classes that the checkpoint names itself are the recipe's."""
+    told = _class_names(beside)
+    if not told:
         return ()
-    pairs = zip((str(name) for name in told), vocabulary.names, strict=False)
+    pairs = zip(told, vocabulary.names, strict=False)
     other = [f"'{theirs}' here '{ours}'" for theirs, ours in pairs if _plain(theirs) != _plain(ours)]
     if len(told) != len(vocabulary):
         return (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskfirst.backbones.dinat import DiNAT
-from maskfirst.convert.rename import Leave, Move, Rule, count
+from maskfirst.convert.rename import Copy, Join, Leave, Move, Rule, count
 from maskfirst.errors import UserError
 
 BACKBONE = "proposer.backbone."
@@ -27,11 +27,6 @@ def backbone(theirs: str = r"backbone\.", to: str = BACKBONE) -> list[Rule]:
     block, home = rf"{theirs}{BLOCK}", rf"{to}stages.\1.blocks.\2."
     kind = "(weight|bias)"
 
-    def entrance(match: re.Match[str]) -> str:
-        """A map is halved at the end of a stage there, and at the beginning of the next one here."""
-        part = "convolutions.0" if match[2] == "reduction" else "norm"
-        return f"{to}stages.{int(match[1]) + 1}.entrance.{part}.{match[3]}"
-
     return [
         Move(rf"{block}(norm[12])\.{kind}", rf"{home}\3.\4"),
         Move(rf"{block}attn\.(qkv|proj)\.{kind}", rf"{home}attention.\3.\4"),
@@ -39,10 +34,52 @@ def backbone(theirs: str = r"backbone\.", to: str = BACKBONE) -> list[Rule]:
         Move(rf"{block}mlp\.fc1\.{kind}", rf"{home}expand.\3"),
         Move(rf"{block}mlp\.fc2\.{kind}", rf"{home}contract.\3"),
         Move(rf"{block}gamma([12])", rf"{home}scale\3"),
-        Move(rf"{theirs}levels\.(\d+)\.downsample\.(reduction|norm)\.{kind}", entrance),
+        _halving(rf"{theirs}levels", to),
         Move(rf"{theirs}patch_embed\.proj\.([01])\.{kind}", rf"{to}stages.0.entrance.convolutions.\1.\2"),
         Move(rf"{theirs}patch_embed\.norm\.{kind}", rf"{to}stages.0.entrance.norm.\1"),
         Move(rf"{theirs}norm(\d)\.{kind}", rf"{to}norms.\1.\2"),
+    ]
+
+
+def _halving(levels: str, to: str) -> Rule:
+    """A map is halved at the end of a stage there, and at the beginning of the next one here."""
+
+    def entrance(match: re.Match[str]) -> str:
+        part = "convolutions.0" if match[2] == "reduction" else "norm"
+        return f"{to}stages.{int(match[1]) + 1}.entrance.{part}.{match[3]}"
+
+    return Move(rf"{levels}\.(\d+)\.downsample\.(reduction|norm)\.(weight|bias)", entrance)
+
+
+def transformers(theirs: str, to: str = BACKBONE) -> list[Rule]:
+    """As `backbone`, from the names of the library `transformers`, which keeps queries, keys and values apart."""
+    kind = "(weight|bias)"
+    block, home = rf"{theirs}encoder\.levels\.(\d+)\.layers\.(\d+)\.", rf"{to}stages.\1.blocks.\2."
+
+    return [
+        Move(rf"{block}layernorm_before\.{kind}", rf"{home}norm1.\3"),
+        Move(rf"{block}layernorm_after\.{kind}", rf"{home}norm2.\3"),
+        *(
+            Join(rf"{block}attention\.self\.{name}\.{kind}", rf"{home}attention.qkv.\3", part, 3)
+            for part, name in enumerate(("query", "key", "value"))
+        ),
+        Move(rf"{block}attention\.self\.rpb", rf"{home}attention.bias"),
+        Move(rf"{block}attention\.output\.dense\.{kind}", rf"{home}attention.proj.\3"),
+        Move(rf"{block}intermediate\.dense\.{kind}", rf"{home}expand.\3"),
+        Move(rf"{block}output\.dense\.{kind}", rf"{home}contract.\3"),
+        Copy(
+            rf"{block}layer_scale_parameters",
+            (rf"{home}scale1", rf"{home}scale2"),
+            (lambda both: both[0].clone(), lambda both: both[1].clone()),
+        ),
+        _halving(rf"{theirs}encoder\.levels", to),
+        Move(
+            rf"{theirs}embeddings\.patch_embeddings\.projection\.([01])\.{kind}",
+            rf"{to}stages.0.entrance.convolutions.\1.\2",
+        ),
+        Move(rf"{theirs}embeddings\.norm\.{kind}", rf"{to}stages.0.entrance.norm.\1"),
+        Move(rf"{theirs}hidden_states_norms\.stage(\d)\.{kind}", lambda m: f"{to}norms.{int(m[1]) - 1}.{m[2]}"),
+        Leave(rf"{theirs}layernorm\.{kind}", _NO_HEAD),
     ]
 
 

@@ -154,7 +154,8 @@ def facts(tensors: Mapping[str, Tensor]) -> Facts:
     return Facts(model, width, "UperNet", len(tensors["decode_head.conv_seg.weight"]))
 
 
-_DATA = {150: "ade20k", 171: "coco-stuff-164k", 19: "cityscapes"}
+_ADE20K, _CITYSCAPES = 150, 19
+_DATA = {_ADE20K: "ade20k", 171: "coco-stuff-164k", _CITYSCAPES: "cityscapes"}
 """Classes -> what has so many."""
 
 
@@ -163,6 +164,24 @@ def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
     found = facts(tensors)
     name = f"internimage-{found.model}-{found.head.lower()}-{_DATA.get(found.classes)}"
     return (name, ()) if name in recipes.names() else None
+
+
+def spare(tensors: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """The rows of UperNet's classifiers for so many classes, where they are Cityscapes' 19 and the file has ADE20K's 150.
+
+    The released configurations for Cityscapes have left that number as it was; the other rows were trained to say no.
+    """
+    if classes != _CITYSCAPES:
+        return {}
+    heads = ("decode_head", "auxiliary_head")
+    found = {
+        f"{head}.conv_seg.{kind}": tensors.get(f"{head}.conv_seg.{kind}")
+        for head in heads
+        for kind in ("weight", "bias")
+    }
+    return {
+        key: tensor[:classes].clone() for key, tensor in found.items() if tensor is not None and len(tensor) == _ADE20K
+    }
 
 
 def rules(keys: Collection[str]) -> list[Rule]:

@@ -262,13 +262,13 @@ def _base(keys: Collection[str]) -> Base | None:
 def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
     """The bundled recipe of a model of these shapes, without texts where the file has none; None where there is none."""
     found = facts(tensors)
-    name = f"oneformer-{found.backbone}-{_DATA.get(found.classes)}"
-    if name not in recipes.names():
-        return None
-    proposer = recipes.load(name).tree["proposer"]
-    if (proposer.get("queries", 150), proposer.get("width", 256)) != (found.queries, found.width):
-        return None
-    return name, () if found.texts else ("proposer.texts=null",)
+    first = f"oneformer-{found.backbone}-{_DATA.get(found.classes)}"
+    for name in recipes.names():
+        if name == first or name.startswith(f"{first}-"):
+            proposer = recipes.load(name).tree["proposer"]
+            if (proposer.get("queries", 150), proposer.get("width", 256)) == (found.queries, found.width):
+                return name, () if found.texts else ("proposer.texts=null",)
+    return None
 
 
 def rules(keys: Collection[str]) -> Sequence[Rule]:

@@ -1,5 +1,5 @@
 """Backbones of foreign checkpoints that become a `pyramid` or a `dinat`: detectron2's Swin and ResNet, OneFormer's ConvNeXt
-and DiNAT, and transformers' Swin.
+and DiNAT, and transformers' Swin and DiNAT.
 
 Swin's blocks are followed by the halving of their map there, and preceded by it here.
 """
@@ -138,6 +138,7 @@ SWIN = Spelling("Swin", "backbone.patch_embed.proj.weight", r"backbone\.layers\.
 RESNET = Spelling("ResNet", "backbone.stem.conv1.weight", r"backbone\.res(\d)\.(\d+)\.", _resnet)
 CONVNEXT = Spelling("ConvNeXt", "backbone.downsample_layers.0.0.weight", r"backbone\.stages\.(\d)\.(\d+)\.", _convnext)
 DINAT = Spelling("DiNAT", f"backbone.{dinat.STEM}", rf"backbone\.{dinat.BLOCK}", dinat.backbone)
+_INNER = ("", "swin.", "model.")
 TRANSFORMERS_SWIN = [
     Spelling(
         "Swin",
@@ -145,9 +146,18 @@ TRANSFORMERS_SWIN = [
         rf"{_HF}encoder\.layers\.(\d+)\.blocks\.(\d+)\.",
         _transformers_swin,
     )
-    for inner in ("", "swin.", "model.")
+    for inner in _INNER
 ]
-SPELLINGS = (SWIN, RESNET, CONVNEXT, DINAT, *TRANSFORMERS_SWIN)
+TRANSFORMERS_DINAT = [
+    Spelling(
+        "DiNAT",
+        f"model.pixel_level_module.encoder.{inner}embeddings.patch_embeddings.projection.1.weight",
+        rf"{_HF}encoder\.levels\.(\d+)\.layers\.(\d+)\.",
+        lambda: dinat.transformers(_HF),
+    )
+    for inner in _INNER
+]
+SPELLINGS = (SWIN, RESNET, CONVNEXT, DINAT, *TRANSFORMERS_SWIN, *TRANSFORMERS_DINAT)
 
 
 def spelling(keys: Collection[str]) -> Spelling | None:

@@ -51,6 +51,11 @@ def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:
     return None if size is None or data is None else (f"vit-p-{size}-{data}", ())
 
 
+def pair(masks: str, names: str) -> str:
+    """What the bundled recipe is called that joins two: that of a model, and that of a ViT-P which names its masks, too."""
+    return f"{'-'.join(names.split('-')[:3])}-{masks}"
+
+
 def rules(keys: Collection[str]) -> Sequence[Rule]:
     """From the original's keys to those of a Segmenter whose namer is `vit_p` on a ViT without a class token."""
     return [
