@@ -94,6 +94,19 @@ def read_all(source: str | Path) -> ClassVectors:
     return _checked(*readers[path.suffix](path, str(path)), str(path))
 
 
+def told(vectors: Mapping[str, Sequence[float]], source: str = "vectors") -> ClassVectors:
+    """The vectors of a mapping by name. Raises FormatError."""
+    widths = {name: len(vector) for name, vector in vectors.items()}
+    first = next(iter(widths.values()), 0)
+    for name, width in widths.items():
+        if width != first:
+            raise FormatError(
+                f"{source}: '{name}' has {width} numbers, and the first has {first}; all should have as many"
+            )
+    rows = torch.tensor([*vectors.values()], dtype=torch.float32).reshape(len(widths), first)
+    return _checked(tuple(widths), rows, {}, source)
+
+
 def write(path: Path | str, found: ClassVectors) -> None:
     """Writes the safetensors form, aside; the notes go to the metadata. Raises FormatError, DiskError."""
     found = _checked(found.names, found.vectors, found.notes, str(path))
