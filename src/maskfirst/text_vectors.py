@@ -154,11 +154,12 @@ def cached(
     names: Sequence[str],
     said: str,
     templates: Sequence[str] = TEMPLATES,
-    make: Callable[[str], TextEncoder] = encoder,
+    make: Callable[[str], TextEncoder] | None = None,
 ) -> tuple[ClassVectors, int]:
     """The vectors of `names` by the encoder `said`, from the file where it has them, else made and added to it.
 
-    Also returns how many were made. Nothing is loaded where none is. Raises UserError where the file is of another encoder.
+    Also returns how many were made. `make`: in place of `encoder`, and not called where none is. Raises UserError where the
+    file is of another encoder.
     """
     notes = {"encoder": said, "templates": json.dumps([*templates], ensure_ascii=False)}
     old = class_vectors.read_all(path) if path.exists() else None
@@ -170,7 +171,7 @@ def cached(
     missing = [name for name in dict.fromkeys(names) if name not in known]
     if old is not None and not missing:
         return old, 0
-    vectors = text_vectors(missing, make(said), templates)
+    vectors = text_vectors(missing, (make or encoder)(said), templates)
     if old is not None:
         vectors = torch.cat([old.vectors, vectors])
     found = ClassVectors((*known, *missing), vectors, str(path), notes)
