@@ -92,9 +92,8 @@ def test_both_libraries_encode_alike() -> None:
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**small, "eos_token_id": 49407, "vocab_size": 49408}
-    theirs = CLIPModel(
-        CLIPConfig(text_config=text, vision_config={**small, "image_size": 16, "patch_size": 16}, projection_dim=8)
-    ).eval()
+    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 16, "patch_size": 16}, projection_dim=8)
+    theirs = CLIPModel(config).eval()
     vision = CLIPVisionCfg(layers=1, width=64, head_width=64, patch_size=16, image_size=16)
     ours = CLIP(8, vision, CLIPTextCfg(77, 49408, width=16, heads=2, layers=1), quick_gelu=True).eval()
     weights, layer = theirs.state_dict(), "text_model.encoder.layers.0"
