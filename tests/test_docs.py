@@ -191,6 +191,10 @@ def test_data_sets(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_page("docs/datasets.md", monkeypatch) == 3
 
 
+def test_zero_shot(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_page("docs/zero-shot.md", monkeypatch) == 3
+
+
 SECTIONS: dict[str, Callable[..., Any]] = {
     # The one kind that two menus have.
     kind if (contract, kind) != (Namer, "oracle") else "oracle (namer)": import_class(path)
@@ -199,7 +203,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
 } | {
     kind.__name__: kind for kind in (Texts, Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
 }  # fmt: skip
-GIVEN = ("vocabulary", "size", "width", "segmenter", "settings")
+GIVEN = ("vocabulary", "size", "unseen", "width", "segmenter", "settings")
 
 
 def told() -> dict[str, dict[str, str]]:

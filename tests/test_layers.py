@@ -33,7 +33,7 @@ FLOORS = (
     },
     {"optim", "training", "ranks", "loggers", "stream", "memory", "sync_norm"},
     {"segmenter"},
-    {"compose"},
+    {"compose", "text_vectors"},
     {"recipe", "build", "weights"},
     {
         "train",

@@ -16,6 +16,7 @@ from maskfirst import recipe as recipes
 from maskfirst import tasks, weights
 from maskfirst.contracts import Augmentation, Backbone, Criterion, Dataset, Namer, Phase, Proposer, Receiver, Trunk
 from maskfirst.data import vocabulary as vocabularies
+from maskfirst.data import zero_shot
 from maskfirst.errors import UserError, nearest
 from maskfirst.frames import Size
 from maskfirst.recipe import Recipe, RecipeError
@@ -53,8 +54,10 @@ MENUS: dict[type, dict[str, str]] = {
         "upernet": "maskfirst.proposers.upernet:UperNet",
     },
     Namer: {
+        "among": "maskfirst.namers.among:Among",
         "blend": "maskfirst.namers.blend:Blend",
         "class_head": "maskfirst.namers.class_head:ClassHead",
+        "embeddings": "maskfirst.namers.embeddings:Embeddings",
         "given": "maskfirst.namers.given:Given",
         "oracle": "maskfirst.namers.oracle:OracleNamer",
         "vit_p": "maskfirst.namers.vit_p:ViTP",
@@ -92,7 +95,11 @@ MENUS: dict[type, dict[str, str]] = {
         "objects365": "maskfirst.data.objects365:Objects365",
         "pascal_context": "maskfirst.data.pascal_context:PascalContext",
         "points_csv": "maskfirst.data.points_csv:PointsCSV",
+        "seen_names": "maskfirst.data.zero_shot:SeenNames",
         "shapes": "maskfirst.data.shapes:Shapes",
+        "with_unseen": "maskfirst.data.zero_shot:WithUnseen",
+        "withheld": "maskfirst.data.zero_shot:Withheld",
+        "without_unseen": "maskfirst.data.zero_shot:WithoutUnseen",
     },
     Augmentation: {
         "scale": "maskfirst.data.augment:RandomScale",
@@ -108,19 +115,21 @@ MENUS: dict[type, dict[str, str]] = {
 """Contract -> `kind` in a recipe -> the class, imported when it is chosen. Adding a part is adding its line here."""
 
 KEYS = (
-    "base", "size", "task", "vocabulary", "proposer", "namer", "criterion", "inference", "data", "augment", "phase", "train",
-    "published", "measured",
+    "base", "size", "task", "vocabulary", "unseen", "proposer", "namer", "criterion", "inference", "data", "augment", "phase",
+    "train", "published", "measured",
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
+SOURCES = ("pretrained", "vectors")
+"""Keys of network parts that say where numbers come from which the weights then hold."""
 Split = Literal["train", "val", "test"]
 
 
 class Experiment:
     """What a recipe describes, each part built when it is asked for. Mistakes are RecipeErrors of one line.
 
-    Of a recipe that is not trusted only parts of the menus are built, and its `weights`, `freeze` and `pretrained` keys are
-    not acted on. `vocabulary` stands in for the recipe's. `loaded`: what `weights:` keys have done to the last segmenter,
-    and what `pretrained:` keys could not do.
+    Of a recipe that is not trusted only parts of the menus are built, and its `weights`, `freeze`, `pretrained` and `vectors`
+    keys are not acted on. `vocabulary` stands in for the recipe's. `loaded`: what `weights:` keys have done to the last
+    segmenter, and what `pretrained:` keys could not do.
     """
 
     def __init__(self, recipe: Recipe, vocabulary: Vocabulary | None = None) -> None:
@@ -158,17 +167,35 @@ class Experiment:
         except UserError as error:
             raise self._error(str(error)) from error
 
+    @cached_property
+    def unseen(self) -> tuple[str, ...]:
+        """The names of the vocabulary that training shows no label of; none where it has none of those that the recipe says.
+
+        A vocabulary of the seen names alone has none of them.
+        """
+        said = self._leaf("unseen", str | list[str])
+        if said is None:
+            return ()
+        try:
+            names = zero_shot.names_of(said)
+            if not set(names) & set(self.vocabulary.names):
+                return ()
+            zero_shot.unseen_of(names, self.vocabulary)
+        except UserError as error:
+            raise self._error(str(error)) from error
+        return names
+
     def segmenter(self, meta: bool = False, bare: bool = False) -> Segmenter:
         """A new model, initialised but for what `weights:` and `pretrained:` bring.
 
-        `meta`: on the meta device, without any numbers; costs no memory and downloads nothing. `bare`: whatever `weights`,
-        `freeze` and `pretrained` say, as for one that is about to be filled.
+        `meta`: on the meta device, without any numbers; costs no memory, downloads and reads nothing. `bare`: whatever
+        `weights`, `freeze`, `pretrained` and `vectors` say, as for one that is about to be filled.
         """
         given = self._given()
         tree, finish = self.recipe.tree, self._finish
         bare = bare or not self.recipe.trusted
         if meta or bare:
-            tree, finish = _without_pretrained(tree), _leave if bare else self._freeze
+            tree, finish = _without_sources(tree), _leave if bare else self._freeze
         with torch.device("meta") if meta else nullcontext():
             finishes = {nn.Module: finish}
             self.loaded.clear()
@@ -224,6 +251,7 @@ class Experiment:
             if node is not None:
                 recipes.check(node, Dataset, **self._for_data(split))
         self.augmentations()
+        _ = self.unseen
         segmenter = self.segmenter(meta=True)
         if "phase" in self.recipe.tree:
             self.phase(segmenter)
@@ -243,12 +271,13 @@ class Experiment:
     def _given(self) -> dict[type, dict[str, Any]]:
         """What any part may ask for by name."""
         size = {} if self.size is None else {"size": self.size}
-        return {object: {"vocabulary": self.vocabulary, **size}}
+        unseen = {"unseen": self.unseen} if self.unseen else {}
+        return {object: {"vocabulary": self.vocabulary, **size, **unseen}}
 
     def _for_data(self, split: str) -> dict[str, Any]:
-        """Data has a size of its own, and is told what the recipe calls the vocabulary."""
-        said = self._leaf("vocabulary", str | list[str])
-        given = {} if said is None else {Dataset: {"vocabulary": said}}
+        """Data has a size of its own, and is told what the recipe calls the vocabulary and the unseen names."""
+        said = {key: self._leaf(key, str | list[str]) for key in ("vocabulary", "unseen")}
+        given = {Dataset: {key: value for key, value in said.items() if value is not None}}
         return {"given": given, **self._context(f"data.{split}")}
 
     def _context(self, where: str) -> dict[str, Any]:
@@ -341,8 +370,8 @@ def _leave(module: nn.Module, reserved: Mapping[str, Any], where: str) -> None:
     pass
 
 
-def _without_pretrained(node: Any) -> Any:
-    """A recipe without its `pretrained` keys, so that building it downloads nothing."""
+def _without_sources(node: Any) -> Any:
+    """A recipe without its SOURCES keys, so that building it downloads and reads nothing."""
     if isinstance(node, dict):
-        return {key: _without_pretrained(value) for key, value in node.items() if key != "pretrained"}
-    return [_without_pretrained(item) for item in node] if isinstance(node, list) else node
+        return {key: _without_sources(value) for key, value in node.items() if key not in SOURCES}
+    return [_without_sources(item) for item in node] if isinstance(node, list) else node

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from maskfirst.cost import Cost
     from maskfirst.data.check import Report
     from maskfirst.evaluate import Evaluation
+    from maskfirst.metrics.seen import Split as SeenSplit
     from maskfirst.segmenter import Segmenter
     from maskfirst.types import Vocabulary
 
@@ -93,6 +94,27 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Import classes of your own that the weights name, package.module:Class.")
 ]
 Boundary = Annotated[bool, typer.Option("--boundary", help="Score label maps along borders, too: boundary IoU.")]
+Unseen = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|LIST",
+        help="A class that training had no labels of; repeatable. Or a bundled list of them, or a text file with one a "
+        "line. Seen and unseen classes are then scored apart, too.",
+    ),
+]
+OnlyUnseen = Annotated[
+    bool,
+    typer.Option(
+        "--only-unseen", help="Score unseen classes alone, as if there were no others, on pictures that show some."
+    ),
+]
+AsPublished = Annotated[
+    bool,
+    typer.Option(
+        "--as-published",
+        help="Take means over seen and unseen classes as the published evaluators do, classes that do not occur included.",
+    ),
+]
 Masks = Annotated[
     Path | None,
     typer.Option(
@@ -168,6 +190,9 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="The part of the data.")] = Split.val,
     task: Annotated[Task | None, typer.Option(help="In place of the recipe's.")] = None,
     boundary: Boundary = False,
+    unseen: Unseen = None,
+    only_unseen: OnlyUnseen = False,
+    as_published: AsPublished = False,
     tta: Tta = False,
     trust: Trust = False,
     masks: Masks = None,
@@ -190,8 +215,9 @@ def evaluate(
 ) -> None:
     """Score a model against the truth of a data set, class by class."""
     from maskfirst import build, ranks
+    from maskfirst.compose import among, with_true_names
     from maskfirst.compose import matrix as compose_matrix
-    from maskfirst.compose import with_true_names
+    from maskfirst.data.zero_shot import WithUnseen
     from maskfirst.evaluate import evaluate
     from maskfirst.files import write_json
     from maskfirst.weights import require_same_vocabulary
@@ -208,12 +234,17 @@ def evaluate(
     if namer == Oracle.oracle:
         segmenter = with_true_names(segmenter)
     asked = task.value if task else experiment.task
+    told_apart = _split(unseen, experiment.unseen, only_unseen, as_published)
+    if told_apart is not None and only_unseen:
+        dataset = WithUnseen(dataset, sorted(told_apart.unseen))
     with ranks.processes(devices, 1, precision.value) as fabric:
         chief = fabric.global_rank == 0
         # Each once, however many models are scored.
         failed: dict[str, None] = {}
 
         def scored(model: "Segmenter", worst: Path | None = None) -> "Evaluation":
+            if told_apart is not None and only_unseen:
+                model = among(model, sorted(told_apart.unseen))
             with _bar("evaluating", chief) as advance, fabric.autocast():
                 told = evaluate(
                     model.to(fabric.device),
@@ -226,6 +257,7 @@ def evaluate(
                     progress=advance,
                     worst_dir=worst,
                     boundary=boundary,
+                    split=told_apart,
                 )
             failed.update(dict.fromkeys(error for _, error in told.failed))
             return told
@@ -269,6 +301,9 @@ def score(
         Values | None, typer.Option(help="The same of the predictions; index, where they do not show it.")
     ] = None,
     boundary: Boundary = False,
+    unseen: Unseen = None,
+    only_unseen: OnlyUnseen = False,
+    as_published: AsPublished = False,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the scores.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -287,6 +322,7 @@ def score(
             truth_values=None if truth_values is None else truth_values.value,
             prediction_values=None if prediction_values is None else prediction_values.value,
             boundary=boundary,
+            split=_split(unseen, (), only_unseen, as_published),
             progress=advance,
         )
     for warning in result.warnings:
@@ -297,6 +333,39 @@ def score(
         _print_json(result.as_json())
     else:
         _print(result.found.as_table())
+
+
+@app.command()
+def vectors(
+    names: Annotated[str, typer.Argument(help="A vocabulary, bundled or a file; or a text file with one name a line.")],
+    encoder: Annotated[
+        str,
+        typer.Option(
+            metavar="LIBRARY:MODEL",
+            help="The text encoder: open_clip:ViT-B-16/openai, transformers:openai/clip-vit-base-patch16, a folder, ...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A .safetensors file; names that it has already are not encoded again.")],
+    template: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A sentence with {} for the name; repeatable. Eight of CLIP's by default."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make class vectors of names with a text encoder, for the namers that can name what training never showed."""
+    from maskfirst.data.vocabulary import load
+    from maskfirst.text_vectors import TEMPLATES, cached
+
+    wrong = [each for each in template or [] if "{}" not in each]
+    if wrong:
+        raise UserError(f"--template '{wrong[0]}': should have {{}} where the name goes")
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: should end in .safetensors")
+    found, made = cached(out, load(names).names, encoder, template or TEMPLATES)
+    if as_json:
+        _print_json({"out": str(out), "names": len(found.names), "made": made, "length": found.vectors.shape[1]})
+    else:
+        print(f"{len(found.names)} vectors of {found.vectors.shape[1]} numbers in {out}, {made} of them new")
 
 
 @app.command()
@@ -652,6 +721,22 @@ def _default_task(weights: str, segmenter: "Segmenter") -> str:
 
     asked = _of_weights(weights, None, trusted=False).task
     return next(task for task in (asked, *TASKS) if task in segmenter.proposer.tasks)
+
+
+def _split(said: list[str] | None, known: Sequence[str], only: bool, as_published: bool) -> "SeenSplit | None":
+    """Which classes are unseen: those of the command, or the recipe's; None where neither says any."""
+    from maskfirst.data.zero_shot import bundled, names_of
+    from maskfirst.metrics.seen import Split as SeenSplit
+
+    # One word may be a list's; several, or a class's name, are names.
+    alone = said is not None and len(said) == 1 and (said[0] in bundled() or Path(said[0]).is_file())
+    unseen = names_of(said[0] if said is not None and alone else said) if said else tuple(known)
+    if not unseen:
+        if only or as_published:
+            option = "--only-unseen" if only else "--as-published"
+            raise UserError(f"{option}: which classes are unseen? Say it by --unseen, or as `unseen` in the recipe")
+        return None
+    return SeenSplit(frozenset(unseen), only, as_published)
 
 
 def _datasets(what: str, changes: list[str] | None) -> dict[str, "Dataset"]:

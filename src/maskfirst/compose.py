@@ -1,7 +1,7 @@
 """Composed models: the masks of one source under the names of another, and every pairing that a model allows, side by side."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.table import Table
 
 from maskfirst.contracts import Namer, NoNamesError, PointNamer, Proposer, Scores
 from maskfirst.errors import UserError
+from maskfirst.namers.among import Among
 from maskfirst.namers.blend import Blend
 from maskfirst.namers.given import Given
 from maskfirst.namers.oracle import OracleNamer
@@ -40,6 +41,11 @@ def with_true_names(model: Segmenter) -> Segmenter:
     """The masks of `model` under their true names; which of them are objects stays with its own namer, unless all are true."""
     true = OracleNamer(model.vocabulary)
     return _model(model, model.proposer, true if model.proposer.uses_truth else Blend(_first(model.namer), true, 1.0))
+
+
+def among(model: Segmenter, names: Sequence[str]) -> Segmenter:
+    """The model, giving these names alone. Raises UserError for names that it does not know."""
+    return _model(model, model.proposer, Among(model.namer, model.vocabulary, [*names]))
 
 
 def required_points(model: Segmenter) -> PointNamer:

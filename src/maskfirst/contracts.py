@@ -194,6 +194,13 @@ class Dataset(ABC):
     def keys(self) -> Sequence[str]:
         """The keys of all samples in order, without reading them."""
 
+    def shown(self, index: int) -> frozenset[int]:
+        """The classes that sample `index` has segments of, crowds too. Raises as `__getitem__`.
+
+        A kind that can tell without reading the picture does.
+        """
+        return frozenset(self[index].classes.tolist())
+
 
 class Augmentation(ABC):
     """A random change of a sample, drawn from torch's global random state."""

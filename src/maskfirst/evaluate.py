@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from maskfirst import draw, tasks
 from maskfirst.contracts import Dataset, Metric, Scores
 from maskfirst.data.images import ImageError
+from maskfirst.data.zero_shot import unseen_of
 from maskfirst.errors import UserError
 from maskfirst.formats.instances import Instances
 from maskfirst.metrics.ap import AveragePrecision
@@ -24,6 +25,7 @@ from maskfirst.metrics.beside import Beside
 from maskfirst.metrics.boundary import BoundaryIoU
 from maskfirst.metrics.iou import ConfusionMatrix
 from maskfirst.metrics.pq import PanopticQuality
+from maskfirst.metrics.seen import PUBLISHED, Only, SeenUnseen, Split, Way
 from maskfirst.predict import ahead
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import VOID, Sample, SegmentMap, Segments, Vocabulary
@@ -91,21 +93,22 @@ def evaluate(
     worst: int = 10,
     worst_dir: Path | str | None = None,
     boundary: bool = False,
+    split: Split | None = None,
     workers: int = 2,
 ) -> Evaluation:
     """Predicts every picture of `dataset` and compares it with its truth. Only what the metric counts and keys are kept.
 
     `augment`: test-time augmentation. Process `rank` of `world` takes every `world`-th picture; `gather` then brings the
     processes together and is needed where `world` > 1. `progress` is told (done, all) of this process's pictures. In
-    `worst_dir` the worst are drawn as picture | truth | prediction, for which they are predicted again. `boundary`: see
-    `measure_of`. `workers`: threads that read ahead. The segmenter and the data set must have one vocabulary. Raises
+    `worst_dir` the worst are drawn as picture | truth | prediction, for which they are predicted again. `boundary`, `split`:
+    see `measure_of`. `workers`: threads that read ahead. The segmenter and the data set must have one vocabulary. Raises
     UserError for a task that the vocabulary cannot be scored for.
     """
     if world > 1 and gather is None:
         raise ValueError(f"evaluating on {world} processes needs `gather`")
     start = time.perf_counter()
     vocabulary, keys, shard = segmenter.vocabulary, dataset.keys(), range(rank, len(dataset), world)
-    measure = measure_of(task, vocabulary, boundary)
+    measure = measure_of(task, vocabulary, boundary, split)
     total = measure.metric(vocabulary)
     least: list[tuple[float, int]] = []
     failed: list[tuple[int, str]] = []
@@ -153,10 +156,11 @@ def evaluate(
     )
 
 
-def measure_of(task: str, vocabulary: Vocabulary, boundary: bool = False) -> Measure:
+def measure_of(task: str, vocabulary: Vocabulary, boundary: bool = False, split: Split | None = None) -> Measure:
     """How `task` is scored; with `boundary`, which only the semantic one has, by boundary IoU, too.
 
-    Raises UserError where the vocabulary has no things for it.
+    With `split`, for seen and unseen classes apart, or for the unseen alone. Raises UserError where the vocabulary has no
+    things for the task, or lacks an unseen name.
     """
     tasks.check_known(task)
     if task == "instance" and not vocabulary.things:
@@ -165,7 +169,14 @@ def measure_of(task: str, vocabulary: Vocabulary, boundary: bool = False) -> Mea
         )
     if boundary and task != "semantic":
         raise UserError(f"boundary IoU is of label maps: the {task} task has none; leave --boundary out")
-    return BORDERS if boundary else MEASURES[task]
+    measure = BORDERS if boundary else MEASURES[task]
+    if split is None:
+        return measure
+    unseen_of(sorted(split.unseen), vocabulary)
+    if split.only:
+        return replace(measure, metric=lambda words: Only(measure.metric(words), words, split.unseen))
+    way = PUBLISHED[task] if split.as_published else Way()
+    return replace(measure, metric=lambda words: SeenUnseen(measure.metric(words), split.unseen, way))
 
 
 def truth_labels(sample: Sample, vocabulary: Vocabulary) -> Int64[Tensor, "H W"]:
@@ -178,9 +189,7 @@ def truth_map(sample: Sample, vocabulary: Vocabulary) -> SegmentMap:
     """The segments of a sample that are to be seen; where layers overlap, the later ones."""
     ids = sample.ids.amax(0)
     seen = torch.bincount(ids.flatten() + 1, minlength=len(sample.classes) + 1)[1:] > 0
-    numbers = torch.cat([torch.where(seen, seen.cumsum(0) - 1, VOID), torch.tensor([VOID])]).int()
-    classes = sample.classes[seen]
-    return SegmentMap(numbers[ids.long()], classes, torch.ones(len(classes)), sample.crowd[seen])
+    return SegmentMap(ids, sample.classes, torch.ones(len(sample.classes)), sample.crowd)[seen]
 
 
 def truth_instances(sample: Sample, vocabulary: Vocabulary) -> Instances:

@@ -25,6 +25,7 @@ from maskfirst.formats.coco_instances import CocoInstances, Results
 from maskfirst.formats.coco_panoptic import CocoPanoptic
 from maskfirst.formats.instances import Instances
 from maskfirst.frames import Size
+from maskfirst.metrics.seen import Split
 from maskfirst.predict import ahead
 from maskfirst.tasks import check_known
 from maskfirst.types import VOID, SegmentMap, Vocabulary
@@ -86,6 +87,7 @@ def score(
     truth_values: Values | None = None,
     prediction_values: Values | None = None,
     boundary: bool = False,
+    split: Split | None = None,
     worst: int = 10,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
@@ -96,7 +98,7 @@ def score(
     `gtFine`, or a folder in it. `vocabulary`: by default that of the truth's file; without any, the classes of label maps are
     numbered. `ignore`: the value of pixels without a class in label maps; 255 by default, but 65535 with more than 254
     classes. `truth_values` and `prediction_values`: see Values; by default what the values, or Cityscapes' names, show.
-    `boundary`: by boundary IoU, too.
+    `boundary`: by boundary IoU, too. `split`: for seen and unseen classes, see `measure_of`.
 
     Pictures are paired by name, or by number where COCO's files have no names. One without a prediction counts as one in
     which nothing was found, and is warned of; predictions for other pictures are an error. `progress` is told (done, all).
@@ -111,7 +113,7 @@ def score(
         vocabulary, known, guessed = _panoptic(truth, prediction, vocabulary)
     else:
         vocabulary, known, guessed = _instances(truth, prediction, vocabulary)
-    metric = measure_of(task, vocabulary, boundary).metric(vocabulary)
+    metric = measure_of(task, vocabulary, boundary, split).metric(vocabulary)
     partner, keys = _paired(known, guessed), list(known.pictures)
 
     def read(key: Key | Path) -> tuple[Seen, Seen]:

@@ -15,9 +15,11 @@ from maskfirst.build import Experiment
 from maskfirst.callback import Callback
 from maskfirst.checkpoint import HEADLINE, RunFolder, State, collect, restore, trend
 from maskfirst.contracts import Phase
+from maskfirst.data import zero_shot
 from maskfirst.evaluate import evaluate
 from maskfirst.loggers import Factory, Journal, JsonLines, TensorBoard
 from maskfirst.memory import explained, settle_micro
+from maskfirst.metrics.seen import Split
 from maskfirst.optim import Average
 from maskfirst.phase import NonFiniteError, rehearse, take_turns
 from maskfirst.segmenter import Segmenter
@@ -92,6 +94,9 @@ def train(
         weights.require_same_vocabulary(
             segmenter.vocabulary, validation.vocabulary, f"{experiment.recipe.source}: data.val"
         )
+        split = Split(frozenset(experiment.unseen)) if experiment.unseen else None
+        if split is not None:
+            training = zero_shot.Refusing(training, zero_shot.unseen_of(experiment.unseen, training.vocabulary))
         stream = Stream(training, chain(experiment.augmentations()), settings.seed)
 
         # How many pictures at once, and which parameters no loss reaches: tried out before anything is kept.
@@ -144,7 +149,7 @@ def train(
                 with average.applied() if average else contextlib.nullcontext():
                     found = evaluate(
                         segmenter, validation, task, rank=rank, world=world, gather=ranks.gather,
-                        progress=evaluating, worst=0,
+                        progress=evaluating, worst=0, split=split,
                     )  # fmt: skip
                     state.record(found.as_json(), found.scores.value)
                     state.unreadable = sorted({told for every in ranks.gather(state.unreadable) for told in every})

@@ -5,7 +5,7 @@ Classes are indices 0..K-1 into a Vocabulary; VOID marks a pixel without a class
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -116,6 +116,10 @@ class SegmentMap:
     def __len__(self) -> int:
         return len(self.classes)
 
+    def __getitem__(self, keep: Bool[Tensor, " N"]) -> "SegmentMap":
+        """Those where `keep` is true; pixels of the others have no segment."""
+        return SegmentMap(renumbered(self.ids, keep), self.classes[keep], self.scores[keep], self.crowd[keep])
+
     @property
     def areas(self) -> Int64[Tensor, " N"]:
         """px of each segment. By numpy, as writers ask for it in threads."""
@@ -148,6 +152,13 @@ class SegmentMap:
         return Segments(self.ids[None] == numbers[:, None, None], self.classes, self.scores, self.crowd)
 
 
+def renumbered(ids: Int32[Tensor, "*L H W"], keep: Bool[Tensor, " N"]) -> Int32[Tensor, "*L H W"]:
+    """A map of the numbers of segments, VOID for none, when only those of them are left where `keep` is true."""
+    # VOID, -1, is the last.
+    numbers = torch.cat([torch.where(keep, keep.cumsum(0) - 1, VOID), keep.new_full((1,), VOID, dtype=torch.int64)])
+    return numbers.int()[ids.long()]
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One picture with its truth as a data set yields it.
@@ -161,6 +172,10 @@ class Sample:
     classes: Int64[Tensor, " N"]
     crowd: Bool[Tensor, " N"]
     key: str
+
+    def __getitem__(self, keep: Bool[Tensor, " N"]) -> "Sample":
+        """With the segments where `keep` is true alone."""
+        return replace(self, ids=renumbered(self.ids, keep), classes=self.classes[keep], crowd=self.crowd[keep])
 
     @property
     def truth(self) -> Segments:

@@ -19,6 +19,7 @@ from . import (
     vit_adapter_recipes,
     vit_adapter_settings,
     vit_p,
+    zero_shot,
 )
 from .rows import Row, failed
 from .variant import variant
@@ -31,6 +32,7 @@ FILES = {
     **vit_adapter_recipes.FILES,
     **internimage.FILES,
     **oneformer.FILES,
+    **zero_shot.FILES,
 }
 """File name -> what compares it."""
 KINDS = {
@@ -70,10 +72,12 @@ def run(folder: Path) -> list[Row]:
 
 
 def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
+    told = _told(path) if path.suffix == ".json" else {}
+    if path.name == "lr_schedule.json" and zero_shot.is_rates(told):
+        return zero_shot.rates
     for pattern, known in FILES.items():
         if re.fullmatch(pattern, path.name):
             return known
-    told = _told(path) if path.suffix == ".json" else {}
     if {"config", "arrays"} <= told.keys():
         return lambda folder, path: variant(folder, path.stem)
     if path.name == "meta.json" and mask2former.is_operator(told):
@@ -84,6 +88,8 @@ def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
         return vit_p.variant
     if path.name == "config.json" and vit_adapter.is_variant(told):
         return vit_adapter.variant
+    if path.name == "config.json" and zero_shot.is_texts(told):
+        return zero_shot.texts
     if path.name == "expected.json":
         return scores.scores
     return KINDS.get(told.get("kind", "")) if path.name == "config.json" else None
@@ -101,7 +107,7 @@ def _told(path: Path) -> dict[str, Any]:
 def _belonging(path: Path) -> set[str]:
     """The file itself and those that are read with it."""
     if path.name == "config.json":
-        return {path.name, "io.npz", "state.safetensors", *vit_adapter.BESIDE}
+        return {path.name, "io.npz", "state.safetensors", *vit_adapter.BESIDE, *zero_shot.BESIDE}
     if vit_p.is_variant(_told(path) if path.suffix == ".json" else {}):
         return {path.name, f"{path.stem}.npz", f"{path.stem}.safetensors"}
     if path.name == "expected.json":

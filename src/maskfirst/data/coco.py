@@ -39,6 +39,9 @@ class InstanceFile(Annotated):
         check_size(self.pictures[index].path, size, found.size, self.file.path)
         return Layers.of(found)
 
+    def shown(self, index: int) -> frozenset[int]:
+        return self.file.shown(self._keys[index])
+
 
 class PanopticFile(Annotated):
     """The pictures of a COCO panoptic file, whose segments do not overlap. Abstract but for the places."""
@@ -61,6 +64,9 @@ class PanopticFile(Annotated):
         found = self.file.read(self._keys[index])
         check_size(self.pictures[index].path, size, (found.ids.shape[0], found.ids.shape[1]), self.file.path)
         return Layers(found.ids[None], found.classes, found.crowd)
+
+    def shown(self, index: int) -> frozenset[int]:
+        return self.file.shown(self._keys[index])
 
 
 class BoxFile(Annotated):

@@ -6,13 +6,16 @@ Caesar et al., "COCO-Stuff: Thing and Stuff Classes in Context", CVPR 2018.
 from pathlib import Path
 from typing import Literal
 
-from maskfirst.data.coding import Coding
+from maskfirst.data.coding import Coding, DataError
 from maskfirst.data.folder import Paired, choose, match, opened
-from maskfirst.data.vocabulary import load
+from maskfirst.data.vocabulary import chosen, load
+from maskfirst.errors import listed
 
 _PARTS_10K = {"train": "train2014", "val": "test2014", "test": "test2014"}
 _PARTS_164K = {"train": "train2017", "val": "val2017"}
 _TRAIN_IDS = "_labelTrainIds.png"
+WORDS = "coco_stuff_171"
+"""The vocabulary, in the data set's own order."""
 
 
 class COCOStuff10K(Paired):
@@ -32,7 +35,7 @@ class COCOStuff10K(Paired):
         """`split`: train, val or test. `instances`, `smallest`: see Folder. `limit`: use so many pairs. Raises DataError."""
         part = choose(split, _PARTS_10K, "coco_stuff_10k")
         listing = match(Path(root), f"images/{part}", f"annotations/{part}", _TRAIN_IDS, limit)
-        words = load("coco_stuff_171")
+        words = load(WORDS)
         super().__init__(listing, Coding(words, shift=-1), opened(words, instances, smallest))
 
 
@@ -48,17 +51,28 @@ class COCOStuff164K(Paired):
         self,
         root: str = "data/coco",
         split: str = "train",
+        vocabulary: str | list[str] = WORDS,
         instances: Literal["components"] | None = None,
         smallest: int = 1,
         limit: int | None = None,
     ) -> None:
-        """`split`: train or val. `instances`, `smallest`: see Folder. `limit`: use so many pairs. Raises DataError."""
+        """`split`: train or val. `vocabulary`: the 171 names in another order. `instances`, `smallest`: see Folder. `limit`:
+        use so many pairs. Raises DataError.
+        """
         part, place = choose(split, _PARTS_164K, "coco_stuff_164k"), Path(root)
         images = f"images/{part}" if (place / "images" / part).is_dir() else part
         labels = f"{'annotations' if (place / 'annotations' / part).is_dir() else 'stuffthingmaps'}/{part}"
         prepared = next((place / labels).glob(f"*{_TRAIN_IDS}"), None) is not None
         listing = match(place, images, labels, _TRAIN_IDS if prepared else ".png", limit)
-        words = load("coco_stuff_171")
-        released = {category - 1: index for index, category in enumerate(words.ids)}
-        coding = Coding(words) if prepared else Coding(words, ids=released)
+        own = load(WORDS)
+        names = load(vocabulary).names if isinstance(vocabulary, str) else vocabulary
+        strange = sorted({*own.names} ^ {*names})
+        if strange:
+            raise DataError(
+                f"coco_stuff_164k: vocabulary: it should have the names of {WORDS}, in any order, and differs by "
+                f"{listed(map(repr, strange), 3)}; `seen_names` around the data takes out unseen ones"
+            )
+        words = chosen(own, [own.names.index(name) for name in names])
+        numbers = range(len(own)) if prepared else [category - 1 for category in own.ids]
+        coding = Coding(words, ids=dict(zip(numbers, own.names, strict=True)))
         super().__init__(listing, coding, opened(words, instances, smallest))

@@ -79,6 +79,10 @@ class Paired(Dataset):
     def __getitem__(self, index: int) -> Sample:
         return self.sample(self.pairs[index])
 
+    def shown(self, index: int) -> frozenset[int]:
+        label = self.pairs[index].label
+        return frozenset(self.coding.decode(read_label_map(label, self.coding.colors), label).classes.tolist())
+
     def sample(self, pair: Pair) -> Sample:
         """The pair as a sample. Raises ImageError and DataError."""
         image, values = self.read(pair)

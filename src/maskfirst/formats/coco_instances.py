@@ -62,6 +62,10 @@ class CocoInstances:
         """The instances of a picture, in the file's order; scores are 1 where it has none. Raises FormatError, KeyError."""
         return self._annotations.read(key)
 
+    def shown(self, key: Key) -> frozenset[int]:
+        """The classes of a picture's instances."""
+        return frozenset(index for _, index, _ in self._annotations.rows[key])
+
 
 @dataclass(frozen=True)
 class ToldMask:

@@ -86,6 +86,11 @@ class CocoPanoptic:
             torch.tensor([segment.crowd for segment in picture.segments], dtype=torch.bool),
         )
 
+    def shown(self, key: Key) -> frozenset[int]:
+        """The classes of the segments that the JSON describes for a picture."""
+        picture = self._annotations.get(key)
+        return frozenset() if picture is None else frozenset(segment.kind for segment in picture.segments)
+
     def _add(self, row: Any, place: str) -> None:
         row = row if isinstance(row, dict) else {}
         key, name = named(row, "image_id", place)
