@@ -57,6 +57,7 @@ MENUS: dict[type, dict[str, str]] = {
         "class_head": "maskfirst.namers.class_head:ClassHead",
         "given": "maskfirst.namers.given:Given",
         "oracle": "maskfirst.namers.oracle:OracleNamer",
+        "pading": "maskfirst.namers.pading:PADing",
         "vit_p": "maskfirst.namers.vit_p:ViTP",
     },
     Criterion: {
@@ -68,6 +69,7 @@ MENUS: dict[type, dict[str, str]] = {
         "ordinary": "maskfirst.phase:Ordinary",
         "points": "maskfirst.phases.points:PointPhase",
         "joint": "maskfirst.phases.joint:JointPhase",
+        "pading": "maskfirst.phases.pading:PADingPhase",
     },
     Dataset: {
         "folder": "maskfirst.data.folder:Folder",
@@ -112,14 +114,16 @@ KEYS = (
     "published", "measured",
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
+SOURCES = ("pretrained", "vectors")
+"""Keys of network parts that say where numbers come from which the weights then hold."""
 Split = Literal["train", "val", "test"]
 
 
 class Experiment:
     """What a recipe describes, each part built when it is asked for. Mistakes are RecipeErrors of one line.
 
-    Of a recipe that is not trusted only parts of the menus are built, and its `weights`, `freeze` and `pretrained` keys are
-    not acted on. `vocabulary` stands in for the recipe's. `loaded`: what `weights:` keys have done to the last segmenter,
+    Of a recipe that is not trusted only parts of the menus are built, and its `weights`, `freeze`, `pretrained` and `vectors`
+    keys are not acted on. `vocabulary` stands in for the recipe's. `loaded`: what `weights:` keys have done to the last segmenter,
     and what `pretrained:` keys could not do.
     """
 
@@ -161,14 +165,14 @@ class Experiment:
     def segmenter(self, meta: bool = False, bare: bool = False) -> Segmenter:
         """A new model, initialised but for what `weights:` and `pretrained:` bring.
 
-        `meta`: on the meta device, without any numbers; costs no memory and downloads nothing. `bare`: whatever `weights`,
-        `freeze` and `pretrained` say, as for one that is about to be filled.
+        `meta`: on the meta device, without any numbers; costs no memory, downloads and reads nothing. `bare`: whatever
+        `weights`, `freeze`, `pretrained` and `vectors` say, as for one that is about to be filled.
         """
         given = self._given()
         tree, finish = self.recipe.tree, self._finish
         bare = bare or not self.recipe.trusted
         if meta or bare:
-            tree, finish = _without_pretrained(tree), _leave if bare else self._freeze
+            tree, finish = _without_sources(tree), _leave if bare else self._freeze
         with torch.device("meta") if meta else nullcontext():
             finishes = {nn.Module: finish}
             self.loaded.clear()
@@ -341,8 +345,8 @@ def _leave(module: nn.Module, reserved: Mapping[str, Any], where: str) -> None:
     pass
 
 
-def _without_pretrained(node: Any) -> Any:
-    """A recipe without its `pretrained` keys, so that building it downloads nothing."""
+def _without_sources(node: Any) -> Any:
+    """A recipe without its SOURCES keys, so that building it downloads and reads nothing."""
     if isinstance(node, dict):
-        return {key: _without_pretrained(value) for key, value in node.items() if key != "pretrained"}
-    return [_without_pretrained(item) for item in node] if isinstance(node, list) else node
+        return {key: _without_sources(value) for key, value in node.items() if key not in SOURCES}
+    return [_without_sources(item) for item in node] if isinstance(node, list) else node
