@@ -33,7 +33,7 @@ def load(source: str | Path, root: Path | None = None) -> Vocabulary:
 
     A text file has one name a line. A YAML file has a list, or a mapping whose `classes` is one, of names or of mappings
     `{name, color: [r, g, b], thing: true, id}`; what is left out is a colour of high contrast, no thing, and the index.
-    Raises VocabularyError.
+    With `of`, a bundled name, `classes` are names of that one, which has all else of them. Raises VocabularyError.
     """
     name = str(source)
     if name in bundled():
@@ -80,10 +80,14 @@ def from_names(names: Sequence[str], things: Iterable[str] = ()) -> Vocabulary:
 
 def only_things(vocabulary: Vocabulary) -> Vocabulary:
     """The things of a vocabulary, in its order and with its colours and numbers: what instance files speak of."""
-    kept = sorted(vocabulary.things)
+    return chosen(vocabulary, sorted(vocabulary.things))
+
+
+def chosen(vocabulary: Vocabulary, kept: Sequence[int]) -> Vocabulary:
+    """The classes `kept` of a vocabulary, in this order, with their colours and numbers."""
     return Vocabulary(
         tuple(vocabulary.names[index] for index in kept),
-        frozenset(range(len(kept))),
+        frozenset(place for place, index in enumerate(kept) if index in vocabulary.things),
         tuple(vocabulary.colors[index] for index in kept),
         tuple(vocabulary.ids[index] for index in kept),
     )
@@ -121,7 +125,20 @@ def _parse(text: str, place: str) -> Vocabulary:
     entries = content.get("classes") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise VocabularyError(f"{place}: expected a list of classes, or a mapping with one under `classes`")
+    if isinstance(content, dict) and "of" in content:
+        return _chosen(entries, content["of"], place)
     return _made(entries, place)
+
+
+def _chosen(names: Sequence[Any], of: Any, place: str) -> Vocabulary:
+    """These names in this order, with the colours, things and numbers that the bundled vocabulary `of` has for them."""
+    if of not in bundled():
+        raise VocabularyError(f"{place}: of: no bundled vocabulary '{of}'.{nearest(str(of), bundled())}")
+    whole = _bundled(of)
+    strange = [name for name in names if name not in whole.names]
+    if strange:
+        raise VocabularyError(f"{place}: {of} has no class {strange[0]!r}.{nearest(str(strange[0]), whole.names)}")
+    return chosen(whole, [whole.names.index(name) for name in names])
 
 
 def _made(entries: Sequence[Any], place: str) -> Vocabulary:
