@@ -1,7 +1,7 @@
 """PADing: its losses and nets alone, the generator, a whole training step of two turns, answers of given masks, conversion."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -193,7 +193,10 @@ def generator(folder: Path, path: Path) -> Iterator[Row]:
 
 def _shares(attention: Attention, queries: Tensor, keys: Tensor) -> Tensor:
     """How an attention shares each query out, averaged over its heads."""
-    q, k = (linear(x).unflatten(-1, (attention.heads, -1)).transpose(0, 1) for linear, x in ((attention.q, queries), (attention.k, keys)))
+    q, k = (
+        linear(x).unflatten(-1, (attention.heads, -1)).transpose(0, 1)
+        for linear, x in ((attention.q, queries), (attention.k, keys))
+    )
     return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(0)
 
 
@@ -431,9 +434,7 @@ def answers(folder: Path, path: Path) -> Iterator[Row]:
     namer = PADing(vocabulary, queries.shape[-1])
     load(namer, "namer", open_checkpoint(folder / "new_fc.safetensors").tensors, pading.rules(()))
     outer, inner, homes = (compared.take(key).tolist() for key in ("padded_size", "image_sizes", "out_sizes"))
-    frames = [
-        Frame(tuple(original), tuple(seen), tuple(outer)) for original, seen in zip(homes, inner, strict=True)
-    ]
+    frames = [Frame(tuple(original), tuple(seen), tuple(outer)) for original, seen in zip(homes, inner, strict=True)]
     proposals = Proposals(masks, queries=queries)
     with torch.inference_mode():
         names = namer(proposals, _blank(frames))
@@ -448,7 +449,9 @@ def answers(folder: Path, path: Path) -> Iterator[Row]:
 class NarrowResNet(Pyramid):
     """A ResNet-50 so many channels wide, its stem told apart, which timm cannot make."""
 
-    def __init__(self, stem: int, group: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+    def __init__(
+        self, stem: int, group: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> None:
         super().__init__("resnet50.tv_in1k", norms=False, freeze_norms=True, mean=mean, std=std)
         after_stem = ("layer1.0.conv1", "layer1.0.downsample.0")
         for name, module in self.trunk.named_modules():
@@ -469,7 +472,9 @@ def whole(folder: Path, path: Path) -> Iterator[Row]:
     for key in ("base", "attn_mask_min_abs_logit", "thing_ids", "backbone"):
         told.take(key, None)
     # Where a constant is said twice, both are read.
-    changes = Settings({key.removeprefix("MODEL."): value for key, value in told.need("overrides").items()}, "overrides")
+    changes = Settings(
+        {key.removeprefix("MODEL."): value for key, value in told.need("overrides").items()}, "overrides"
+    )
     width, layers = told.need("embed"), told.need("num_layers")
     group, heads = changes.need("RESNETS.WIDTH_PER_GROUP"), changes.need("MASK_FORMER.NHEADS")
     for key in ("SEM_SEG_HEAD.CONVS_DIM", "SEM_SEG_HEAD.MASK_DIM", "MASK_FORMER.HIDDEN_DIM"):
@@ -524,7 +529,8 @@ def whole(folder: Path, path: Path) -> Iterator[Row]:
     told.only("size_divisibility", head.multiple)
     compared = Compared("io.npz", read_arrays(folder / "io.npz"))
     images, homes = (
-        [compared.take(key) for key in sorted(compared.left) if key.startswith(start)] for start in ("image", "out_size")
+        [compared.take(key) for key in sorted(compared.left) if key.startswith(start)]
+        for start in ("image", "out_size")
     )
     outer = tuple(-(-max(image.shape[axis] for image in images) // head.multiple) * head.multiple for axis in (1, 2))
     sizes = [(image.shape[1], image.shape[2]) for image in images]
@@ -538,7 +544,9 @@ def whole(folder: Path, path: Path) -> Iterator[Row]:
         maps = backbone(pixels)
         for index, tapped in enumerate(maps, start=2):
             theirs = compared.take(f"feat_res{index}")
-            yield compare("io.npz", f"feat_res{index}", tapped, theirs, Tolerance(atol=1e-5 * theirs.abs().max().item()))
+            yield compare(
+                "io.npz", f"feat_res{index}", tapped, theirs, Tolerance(atol=1e-5 * theirs.abs().max().item())
+            )
         features, encoded = head.pixel_decoder(maps)
         yield compared.row("mask_features", features, PIXELS)
         for index, each in enumerate(encoded):
@@ -578,7 +586,9 @@ def conversion(folder: Path, path: Path) -> Iterator[Row]:
         filled = namer.receive({f"linear.{key}": value for key, value in found.items()})
         assert namer.synthesis is not None
         homes = {"linear": namer.linear, "synthesis.head": namer.synthesis.head}
-        yield equal(path.name, f"{case}, filled", sorted(filled), sorted(f"{home}.{key}" for home in homes for key in found))
+        yield equal(
+            path.name, f"{case}, filled", sorted(filled), sorted(f"{home}.{key}" for home in homes for key in found)
+        )
         for home, module in homes.items():
             for key, value in wanted.items():
                 yield compare("io.npz", f"{case}, {home}.{key}", module.state_dict()[key], value, EXACT)
@@ -633,7 +643,9 @@ def _answers(
             ]
             yield equal("config.json", f"segments{index}", own, segments[f"segments{index}"])
         if on[1]:
-            yield from _instances(compared, index, tasks.instance(proposals, names, index, vocabulary, frame, thresholds))
+            yield from _instances(
+                compared, index, tasks.instance(proposals, names, index, vocabulary, frame, thresholds)
+            )
 
 
 def _instances(compared: Compared, index: int, found: Segments) -> Iterator[Row]:
@@ -654,3 +666,30 @@ def _instances(compared: Compared, index: int, found: Segments) -> Iterator[Row]
         ("boxes", found.boxes, boxes),
     ):
         yield compare(file, f"{name}_{key}", ours[sure], theirs[sure], EXACT)
+
+
+BESIDE = (
+    *("nets.safetensors", "new_fc.safetensors", "model.safetensors", "before.safetensors", "after.safetensors"),
+    *("grads_generator.safetensors", "grads_classifier.safetensors"),
+)
+"""What is read with a config.json."""
+CONFIGS: Mapping[str, Callable[[Path, Path], Iterator[Row]]] = {
+    "mmd_sigma": losses,
+    "structure_weight": step,
+    "postprocess_masks_before_inference": answers,
+    "attn_mask_min_abs_logit": whole,
+    "void_row_trap": conversion,
+}
+"""A key that only one kind of config.json has -> what compares it."""
+
+
+def is_generator(told: Mapping[str, Any]) -> bool:
+    """Whether a JSON file describes a generator alone."""
+    return {"primitives", "semantic_dim", "num_query"} <= told.keys()
+
+
+def kind(name: str, told: Mapping[str, Any]) -> Callable[[Path, Path], Iterator[Row]] | None:
+    """What compares a file, by its name and what it says; None where it is not PADing's."""
+    if is_generator(told):
+        return generator
+    return next((known for key, known in CONFIGS.items() if name == "config.json" and key in told), None)

@@ -12,6 +12,8 @@ from . import (
     internimage,
     mask2former,
     oneformer,
+    pading,
+    pading_recipes,
     scores,
     tables,
     upernet,
@@ -70,10 +72,14 @@ def run(folder: Path) -> list[Row]:
 
 
 def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
+    told = _told(path) if path.suffix == ".json" else {}
+    # PADing's files have the names of others', and only their content tells them.
+    known = pading.kind(path.name, told) or pading_recipes.kind(path.name, told)
+    if known is not None:
+        return known
     for pattern, known in FILES.items():
         if re.fullmatch(pattern, path.name):
             return known
-    told = _told(path) if path.suffix == ".json" else {}
     if {"config", "arrays"} <= told.keys():
         return lambda folder, path: variant(folder, path.stem)
     if path.name == "meta.json" and mask2former.is_operator(told):
@@ -101,8 +107,9 @@ def _told(path: Path) -> dict[str, Any]:
 def _belonging(path: Path) -> set[str]:
     """The file itself and those that are read with it."""
     if path.name == "config.json":
-        return {path.name, "io.npz", "state.safetensors", *vit_adapter.BESIDE}
-    if vit_p.is_variant(_told(path) if path.suffix == ".json" else {}):
+        return {path.name, "io.npz", "state.safetensors", *vit_adapter.BESIDE, *pading.BESIDE}
+    told = _told(path) if path.suffix == ".json" else {}
+    if vit_p.is_variant(told) or pading.is_generator(told):
         return {path.name, f"{path.stem}.npz", f"{path.stem}.safetensors"}
     if path.name == "expected.json":
         return {path.name, *scores.BESIDE, *(name for pair in scores.FILES.values() for name in pair)}

@@ -35,9 +35,7 @@ class Facts:
     length: int
 
     def __str__(self) -> str:
-        return (
-            f"a PADing of {self.primitives} primitives for class vectors of {self.length} numbers, which it lacks, on {self.stage}"
-        )
+        return f"a PADing of {self.primitives} primitives for class vectors of {self.length} numbers, which it lacks, on {self.stage}"
 
 
 def recognises(keys: Collection[str]) -> bool:
@@ -47,9 +45,7 @@ def recognises(keys: Collection[str]) -> bool:
 
 def facts(tensors: Mapping[str, Tensor]) -> Facts:
     """Read from shapes. Raises LookupError where a key or an axis that every PADing has is missing."""
-    return Facts(
-        mask2former.facts(tensors), tensors[PRIMITIVES].shape[0], tensors["fc_projection.weight"].shape[1]
-    )
+    return Facts(mask2former.facts(tensors), tensors[PRIMITIVES].shape[0], tensors["fc_projection.weight"].shape[1])
 
 
 def plan(tensors: Mapping[str, Tensor]) -> tuple[str, tuple[str, ...]] | None:

@@ -29,7 +29,9 @@ def discrepancy(made: Float[Tensor, "M D"], real: Float[Tensor, "N D"]) -> Float
     features = torch.cat([made, real])
     squares = (features**2).sum(1)
     distances = squares[:, None] + squares - 2 * features @ features.T
-    weights = torch.cat([features.new_full((len(real),), 1 / len(real)), features.new_full((len(made),), -1 / len(made))])
+    weights = torch.cat(
+        [features.new_full((len(real),), 1 / len(real)), features.new_full((len(made),), -1 / len(made))]
+    )
     kernel = torch.stack([(-distances / (2 * variance)).exp() for variance in VARIANCES]).sum(0)
     # A square root has no slope at 0.
     return (weights @ kernel @ weights).clamp(min=SMALLEST).sqrt()

@@ -87,6 +87,7 @@ class SynthesisBranch(nn.Module):
         self.seen = tuple(index for index in range(len(names)) if index not in self.unseen)
         if not self.seen:
             raise UserError(f"unseen: leaves no seen class of the {len(names)}; name fewer")
+        self.settings = settings
         self.head = ClassRows(width, len(names) + 1)
         self.head.requires_grad_(False)
         self.vectors = ClassVectors(len(names), settings.length) if settings.kept else None
@@ -109,7 +110,9 @@ class SynthesisBranch(nn.Module):
 
     def _take(self, table: Tensor, settings: Synthesis) -> None:
         if table.shape[1] != settings.length:
-            raise UserError(f"length: {settings.length}, and the vectors of {settings.vectors} have {table.shape[1]} numbers")
+            raise UserError(
+                f"length: {settings.length}, and the vectors of {settings.vectors} have {table.shape[1]} numbers"
+            )
         self.get_buffer("vectors.table").copy_(table)
 
 

@@ -251,8 +251,12 @@ def _mean(total: Float[Tensor, ""], rows: Tensor) -> Float[Tensor, ""]:
 def _check_vectors(branch: SynthesisBranch, segmenter: Segmenter) -> None:
     """Raises UserError unless every name has a vector; without numbers, on the meta device, none can be looked at."""
     if branch.vectors is None:
-        raise UserError("these weights have no class vectors; set namer.synthesis.kept to true, and name a file in `vectors`")
+        raise UserError(
+            "these weights have no class vectors; set namer.synthesis.kept to true, and name a file in `vectors`"
+        )
     missing = [] if branch.vectors.table.is_meta else (~branch.vectors.table.isfinite().all(1)).nonzero()[:, 0].tolist()
     if missing:
         names = [segmenter.vocabulary.names[index] for index in missing]
-        raise UserError(f"no class vectors of {listed(names)}; say namer.synthesis.vectors, a file with one for every name")
+        raise UserError(
+            f"no class vectors of {listed(names)}; say namer.synthesis.vectors, a file with one for every name"
+        )
