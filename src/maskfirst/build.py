@@ -123,8 +123,8 @@ class Experiment:
     """What a recipe describes, each part built when it is asked for. Mistakes are RecipeErrors of one line.
 
     Of a recipe that is not trusted only parts of the menus are built, and its `weights`, `freeze`, `pretrained` and `vectors`
-    keys are not acted on. `vocabulary` stands in for the recipe's. `loaded`: what `weights:` keys have done to the last segmenter,
-    and what `pretrained:` keys could not do.
+    keys are not acted on. `vocabulary` stands in for the recipe's. `loaded`: what `weights:` keys have done to the last
+    segmenter, and what `pretrained:` keys could not do.
     """
 
     def __init__(self, recipe: Recipe, vocabulary: Vocabulary | None = None) -> None:

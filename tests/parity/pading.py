@@ -18,8 +18,7 @@ from maskfirst.contracts import Proposer
 from maskfirst.convert import pading
 from maskfirst.convert.pickles import open_checkpoint
 from maskfirst.convert.rename import Rule, destinations, rename
-from maskfirst.criteria.alignment import SIMILARITIES, VARIANCES, TEMPERATURE, alignment, discrepancy, divergence
-from maskfirst.criteria.matched import Matched
+from maskfirst.criteria.alignment import SIMILARITIES, TEMPERATURE, VARIANCES, alignment, discrepancy, divergence
 from maskfirst.data.vocabulary import from_names
 from maskfirst.frames import Frame
 from maskfirst.namers.disentangling import Rebuild, Relation, part
@@ -33,7 +32,7 @@ from maskfirst.types import TASKS, Batch, Names, Proposals, Segments, Vocabulary
 
 from .answers import Replay
 from .arrays import Compared, read_arrays
-from .foreign import NotCoveredError, Settings
+from .foreign import Settings
 from .rows import EXACT, Row, Tolerance, compare, equal
 
 UNIT = Tolerance(atol=1e-6)
@@ -116,7 +115,8 @@ def losses(folder: Path, path: Path) -> Iterator[Row]:
                 yield compared.row(f"kl_{case}_grad_{key}", gradient, UNIT)
             keys = ("f1", "f2", "s1", "s2")
             leaves = [compared.take(f"align_{case}_{key}").requires_grad_() for key in keys]
-            loss = alignment(*leaves)
+            features, others, classes, other_classes = leaves
+            loss = alignment(features, others, classes, other_classes)
             yield compared.row(f"align_{case}_loss", loss, UNIT)
             for key, gradient in zip(keys, torch.autograd.grad(loss, leaves), strict=True):
                 yield compared.row(f"align_{case}_grad_{key}", gradient, UNIT)
@@ -164,7 +164,10 @@ def generator(folder: Path, path: Path) -> Iterator[Row]:
     seen: dict[str, Tensor] = {}
 
     def watch(name: str, module: nn.Module) -> None:
-        module.register_forward_hook(lambda _, given, out: seen.update({name: out, f"{name}, given": given[0]}))
+        def note(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            seen[name], seen[f"{name}, given"] = out, given[0]
+
+        module.register_forward_hook(note)
 
     for index, layer in enumerate(made.layers):
         assert isinstance(layer, NoisyLayer)
@@ -532,7 +535,8 @@ def whole(folder: Path, path: Path) -> Iterator[Row]:
         [compared.take(key) for key in sorted(compared.left) if key.startswith(start)]
         for start in ("image", "out_size")
     )
-    outer = tuple(-(-max(image.shape[axis] for image in images) // head.multiple) * head.multiple for axis in (1, 2))
+    tall, wide = (-(-max(image.shape[axis] for image in images) // head.multiple) * head.multiple for axis in (1, 2))
+    outer = (tall, wide)
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     pixels = torch.stack(
         [Frame(size, size, outer).apply(image, head.mean) for size, image in zip(sizes, images, strict=True)]

@@ -18,7 +18,7 @@ from maskfirst.convert.rename import rename
 from maskfirst.criteria.matched import Matched
 from maskfirst.namers.pading import PADing
 from maskfirst.phases.pading import PADingPhase
-from maskfirst.proposers.mask2former import Mask2Former
+from maskfirst.proposers.mask2former import DecoderLayer, Mask2Former
 from maskfirst.types import TASKS
 
 from .foreign import NotCoveredError, Settings
@@ -129,10 +129,12 @@ def _common(experiment: Experiment) -> dict[str, Any]:
     proposer, criterion, inference = model.proposer, model.criterion, model.inference
     assert isinstance(proposer, Mask2Former)
     assert isinstance(criterion, Matched)
+    layer = proposer.layers[0]
+    assert isinstance(layer, DecoderLayer)
     tree = experiment.recipe.tree
     augment = {node["kind"]: node for node in tree["augment"]}
     scale, crop = augment["scale"], augment["crop"]
-    layer, encoder = proposer.layers[0], proposer.get_submodule("pixel_decoder.layers.0.attention")
+    encoder = proposer.get_submodule("pixel_decoder.layers.0.attention")
     semantic = experiment.task == "semantic"
     thresholds = inference.thresholds
     ours = {

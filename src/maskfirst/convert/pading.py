@@ -35,7 +35,8 @@ class Facts:
     length: int
 
     def __str__(self) -> str:
-        return f"a PADing of {self.primitives} primitives for class vectors of {self.length} numbers, which it lacks, on {self.stage}"
+        vectors = f"class vectors of {self.length} numbers, which it lacks"
+        return f"a PADing of {self.primitives} primitives for {vectors}, on {self.stage}"
 
 
 def recognises(keys: Collection[str]) -> bool:
@@ -79,9 +80,9 @@ def net_rules() -> list[Rule]:
     return moves(
         {
             r"projection_(related|unrelated)\.encoder\.(\d)": rf"{SYNTHESIS}\1.\2",
-            r"decoder\.decoder\.(\d)": rf"{SYNTHESIS}rebuild.\1",
-            r"relation\.fc1": f"{SYNTHESIS}relation.0",
-            r"relation\.fc2": f"{SYNTHESIS}relation.2",
+            r"decoder\.decoder\.(\d)": rf"{SYNTHESIS}rebuild.layers.\1",
+            r"relation\.fc1": f"{SYNTHESIS}relation.layers.0",
+            r"relation\.fc2": f"{SYNTHESIS}relation.layers.2",
         }
     )
 

@@ -1,6 +1,6 @@
 """Alignment: made features are to lie among each other, and among those of real masks, as the classes' vectors do.
 
-He, Ding & Jiang, "Primitive Generation and Semantic-related Alignment for Universal Zero-Shot Segmentation" (PADing), CVPR 2023.
+He, Ding & Jiang, "Primitive Generation and Semantic-related Alignment for Universal Zero-Shot Segmentation" (PADing), 2023.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,24 +38,22 @@ def discrepancy(made: Float[Tensor, "M D"], real: Float[Tensor, "N D"]) -> Float
 
 
 def cosine(x: Float[Tensor, "M D"], y: Float[Tensor, "N D"]) -> Float[Tensor, "M N"]:
+    """Of every pair of rows."""
     return F.normalize(x) @ F.normalize(y).T
 
 
-def euclidean(x: Float[Tensor, "M D"], y: Float[Tensor, "N D"]) -> Float[Tensor, "M N"]:
-    """Distances, the larger the less alike."""
-    return torch.cdist(x, y)
-
-
-def dot(x: Float[Tensor, "M D"], y: Float[Tensor, "N D"]) -> Float[Tensor, "M N"]:
-    return x @ y.T
-
-
 def scaled(x: Float[Tensor, "M D"], y: Float[Tensor, "N D"]) -> Float[Tensor, "M N"]:
+    """Cosines as CLIP makes probabilities of them."""
     return cosine(x, y) / SHARPNESS
 
 
+def dot(x: Float[Tensor, "M D"], y: Float[Tensor, "N D"]) -> Float[Tensor, "M N"]:
+    """Products, that long features have more of."""
+    return x @ y.T
+
+
 Similarity = Callable[[Tensor, Tensor], Tensor]
-SIMILARITIES: Mapping[str, Similarity] = {"cosine": cosine, "euclidean": euclidean, "dot": dot, "scaled": scaled}
+SIMILARITIES: Mapping[str, Similarity] = {"cosine": cosine, "euclidean": torch.cdist, "dot": dot, "scaled": scaled}
 
 
 def divergence(found: Float[Tensor, "M N"], wanted: Float[Tensor, "M N"]) -> Float[Tensor, ""]:

@@ -1,6 +1,6 @@
 """Disentangling: a feature parted into what is related to its class and what is not, and put together again.
 
-He, Ding & Jiang, "Primitive Generation and Semantic-related Alignment for Universal Zero-Shot Segmentation" (PADing), CVPR 2023.
+He, Ding & Jiang, "Primitive Generation and Semantic-related Alignment for Universal Zero-Shot Segmentation" (PADing), 2023.
 """
 
 import torch
@@ -16,29 +16,25 @@ def part(width: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.Linear(width, width), nn.LeakyReLU(SLOPE), nn.Dropout(dropout))
 
 
-class Rebuild(nn.Sequential):
+class Rebuild(nn.Module):
     """From both parts of a feature to the feature, activation and dropout being its last steps."""
 
     def __init__(self, width: int, dropout: float) -> None:
-        super().__init__(
-            nn.Linear(2 * width, width),
-            nn.LeakyReLU(SLOPE),
-            nn.Dropout(dropout),
-            nn.Linear(width, width),
-            nn.LeakyReLU(SLOPE),
-            nn.Dropout(dropout),
-        )
+        super().__init__()
+        steps = (nn.LeakyReLU(SLOPE), nn.Dropout(dropout))
+        self.layers = nn.Sequential(nn.Linear(2 * width, width), *steps, nn.Linear(width, width), *steps)
 
     def forward(self, related: Float[Tensor, "N D"], unrelated: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        return super().forward(torch.cat([related, unrelated], 1))
+        return self.layers(torch.cat([related, unrelated], 1))
 
 
-class Relation(nn.Sequential):
+class Relation(nn.Module):
     """How much each feature has to do with each class: logits of a share, by the two side by side."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1))
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, features: Float[Tensor, "N D"], classes: Float[Tensor, "K D"]) -> Float[Tensor, "N K"]:
-        pairs = torch.cat([features[:, None].expand(-1, len(classes), -1), classes.expand(len(features), -1, -1)], 2)
-        return super().forward(pairs)[..., 0]
+        ours, theirs = features[:, None].expand(-1, len(classes), -1), classes.expand(len(features), -1, -1)
+        return self.layers(torch.cat([ours, theirs], 2))[..., 0]

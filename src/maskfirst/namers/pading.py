@@ -68,7 +68,7 @@ class ClassVectors(nn.Module, PerClass):
 class SynthesisBranch(nn.Module):
     """All that makes queries of classes: their vectors, the generator, and the nets of its losses.
 
-    `head`: the class head of the first stage, which goes on matching; it is not trained. `seen`, `unseen`: indices of the names.
+    `head`: the class head of the first stage, which goes on matching; it is not trained. `seen`, `unseen`: indices of names.
     """
 
     def __init__(self, settings: Synthesis, vocabulary: Vocabulary, width: int) -> None:

@@ -1,6 +1,6 @@
 """Primitives: features of a class that no picture has shown, put together from learnt parts by what the class is told by.
 
-He, Ding & Jiang, "Primitive Generation and Semantic-related Alignment for Universal Zero-Shot Segmentation" (PADing), CVPR 2023.
+He, Ding & Jiang, "Primitive Generation and Semantic-related Alignment for Universal Zero-Shot Segmentation" (PADing), 2023.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from maskfirst import tasks
@@ -88,14 +88,15 @@ class PADingPhase(Phase):
         no_object: float = 0.1,
         table: Literal["all", "seen"] = "all",
         similarity: Literal["cosine", "euclidean", "dot", "scaled"] = "cosine",
-        losses: LossWeights = LossWeights(),  # noqa: B008
-        deviations: Deviations = Deviations(),  # noqa: B008
+        losses: LossWeights = LossWeights(),
+        deviations: Deviations = Deviations(),
     ) -> None:
         """`settings`: the optimizer and the schedule are the generator's; `classifier`: its own, whose rate stays as it is.
 
         `fakes`: unseen names a step of which the classifier is given one made query each, other ones at every step.
-        `unseen_weight`, `no_object`: weights in the classifier's cross-entropy, where seen names have 1. `table`: the names among
-        which a made query of a seen one is to be told by its relation. Raises UserError where something else is to be trained.
+        `unseen_weight`, `no_object`: weights in the classifier's cross-entropy, where seen names have 1. `table`: the names
+        among which a made query of a seen one is to be told by its relation. `similarity`: of features, and of classes.
+        Raises UserError where something else is to be trained.
         """
         namer, criterion = segmenter.namer, segmenter.criterion
         if not isinstance(namer, PADing):
@@ -198,7 +199,7 @@ class PADingPhase(Phase):
             logits = logits[:, :SLICE] if self.deviations.columns == "compatible" else logits
             if len(classes) and self.deviations.columns == "compatible" and int(classes.max()) >= logits.shape[1]:
                 raise UserError(
-                    f"deviations.columns: compatible looks at the first {SLICE} names alone, and a seen one comes later; take all"
+                    f"deviations.columns: compatible looks at the first {SLICE} names, and a seen one comes later; take all"
                 )
             alike = self.similarity
             return {
