@@ -24,7 +24,9 @@ from maskfirst import cli, recipe
 from maskfirst.build import KEYS, MENUS, Experiment
 from maskfirst.contracts import Dataset, Namer, Proposer
 from maskfirst.frames import Fit
+from maskfirst.namers.pading import Synthesis
 from maskfirst.optim import Group, Optimizer, Schedule
+from maskfirst.phases.pading import Deviations, LossWeights
 from maskfirst.proposers.texts import Texts
 from maskfirst.recipe import import_class
 from maskfirst.segmenter import Inference
@@ -197,7 +199,8 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     for contract, menu in MENUS.items()
     for kind, path in menu.items()
 } | {
-    kind.__name__: kind for kind in (Texts, Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
+    kind.__name__: kind
+    for kind in (Texts, Synthesis, LossWeights, Deviations, Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
 }  # fmt: skip
 GIVEN = ("vocabulary", "size", "width", "segmenter", "settings")
 
@@ -229,7 +232,7 @@ def defaults(kind: Callable[..., Any]) -> dict[str, str]:
 
 def plain(value: object, made: bool) -> str:
     """A default as YAML has it."""
-    if made:
+    if made or is_dataclass(value):
         return "{}"
     if isinstance(value, tuple):
         return "[" + ", ".join(plain(each, False) for each in value) + "]"

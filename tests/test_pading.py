@@ -1,5 +1,6 @@
 """PADing: what its namer and its phase promise, what they refuse, and whether made queries teach a class that was never shown."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,11 +8,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-import tiny_parts
 from maskfirst import weights
 from maskfirst.build import Experiment, load
+from maskfirst.callback import Callback
 from maskfirst.checkpoint import STATE
 from maskfirst.contracts import Dataset, Proposer
 from maskfirst.cost import parameters_by_part
@@ -20,6 +21,7 @@ from maskfirst.errors import UserError
 from maskfirst.namers.pading import PADing
 from maskfirst.phase import rehearse
 from maskfirst.phases.pading import PADingPhase
+from maskfirst.proposers.mask2former import Mask2Former
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.segmenter import Segmenter
 from maskfirst.train import train
@@ -85,13 +87,13 @@ class Tiles(Dataset):
             told += 0.06 * torch.randn(3, generator=random)
             image[:, *tile] = told.clamp(0, 1)[:, None, None]
         counts = torch.zeros(len(classes), dtype=torch.bool)
-        return Sample((image * 255).to(torch.uint8), ids, torch.tensor(classes, dtype=torch.int64), counts, f"tiles-{index}")
+        return Sample(
+            (image * 255).to(torch.uint8), ids, torch.tensor(classes, dtype=torch.int64), counts, f"tiles-{index}"
+        )
 
 
 @pytest.fixture
 def vectors(tmp_path: Path) -> str:
-    import json
-
     path = tmp_path / "vectors.safetensors"
     save_file({"vectors": VECTORS}, path, {"names": json.dumps(NAMES)})
     return str(path)
@@ -166,7 +168,10 @@ def test_new_names_begin_at_nothing_and_the_head_as_the_classifier(vectors: str)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"namer__synthesis__unseen": ["blue sqare"]}, "unseen: blue sqare is no name of the vocabulary. Did you mean 'blue square'"),
+        (
+            {"namer__synthesis__unseen": ["blue sqare"]},
+            "unseen: blue sqare is no name of the vocabulary. Did you mean 'blue square'",
+        ),
         ({"namer__synthesis__unseen": []}, "unseen: has no name"),
         ({"namer__synthesis__unseen": NAMES}, "unseen: leaves no seen class of the 4"),
         ({"namer__synthesis__length": 5}, "length: 5, and the vectors of"),
@@ -193,8 +198,6 @@ def test_a_proposer_that_learns_is_refused(vectors: str) -> None:
 
 
 def _mask2former() -> dict[str, Any]:
-    from maskfirst.proposers.mask2former import Mask2Former
-
     return {key: value for key, value in Mask2Former.example.items() if key != "kind"}
 
 
@@ -234,7 +237,9 @@ def test_the_rows_of_a_first_stage_become_those_of_all_names(
 
 def test_a_first_stage_of_another_split_is_refused(tmp_path: Path, vectors: str) -> None:
     source = stage(tmp_path, NAMES[:2])
-    with pytest.raises(UserError, match="a first stage of 2 names, and this split has 3 seen of 4; take one of this split"):
+    with pytest.raises(
+        UserError, match="a first stage of 2 names, and this split has 3 seen of 4; take one of this split"
+    ):
         built(recipe(vectors, namer__weights=source))
 
 
@@ -283,7 +288,9 @@ def test_the_second_turn_sees_what_the_generator_has_learnt_and_leaves_it_alone(
 def test_an_unseen_class_in_training_is_refused(vectors: str) -> None:
     _, phase = built(recipe(vectors))
     batch = batch_of(phase, Tiles(shown=[3])[0])
-    with pytest.raises(UserError, match="picture tiles-0: has labels of blue square, which namer.synthesis.unseen says"):
+    with pytest.raises(
+        UserError, match="picture tiles-0: has labels of blue square, which namer.synthesis.unseen says"
+    ):
         next(phase.turns(batch))
 
 
@@ -305,7 +312,9 @@ def test_every_option_changes_what_the_generator_learns(vectors: str, change: di
         batch = batch_of(phase, *(Tiles()[index] for index in range(4)))
         torch.manual_seed(0)
         torch.stack([*next(phase.turns(batch)).values()]).sum().backward()
-        slopes.append(torch.cat([value.grad.flatten() for value in phase.synthesis.parameters() if value.grad is not None]))
+        slopes.append(
+            torch.cat([value.grad.flatten() for value in phase.synthesis.parameters() if value.grad is not None])
+        )
     assert not torch.equal(*slopes)
 
 
@@ -318,7 +327,9 @@ def test_the_published_class_term_looks_at_the_first_names_alone(vectors: str) -
     model.namer.get_buffer("synthesis.vectors.table").normal_()
     phase = experiment.phase(model)
     assert isinstance(phase, PADingPhase)
-    with pytest.raises(UserError, match="compatible looks at the first 156 names, and a seen one comes later; take all"):
+    with pytest.raises(
+        UserError, match="compatible looks at the first 156 names, and a seen one comes later; take all"
+    ):
         next(phase.turns(batch_of(phase, Tiles(shown=[180])[0])))
 
 
@@ -349,17 +360,15 @@ def test_resuming_is_the_same_to_the_bit(vectors: str, tmp_path: Path) -> None:
     experiment = Experiment(Recipe(tree, "recipe.yaml"))
     train(experiment, tmp_path / "whole", loggers=(), progress=False)
 
-    class Halt(Exception):
+    class HaltError(Exception):
         pass
-
-    from maskfirst.callback import Callback
 
     class Stop(Callback):
         def on_step(self, state: Any, losses: Any) -> None:
             if state.step == 4:
-                raise Halt
+                raise HaltError
 
-    with pytest.raises(Halt):
+    with pytest.raises(HaltError):
         train(experiment, tmp_path / "half", loggers=(), progress=False, callbacks=[Stop()])
     train(experiment, tmp_path / "half", loggers=(), progress=False, resume=True)
     whole, half = (load_file(tmp_path / name / STATE) for name in ("whole", "half"))

@@ -82,16 +82,18 @@ class PADingPhase(Phase):
         self,
         segmenter: Segmenter,
         settings: Training,
-        classifier: Optimizer = Optimizer("sgd", lr=1e-3, decay=5e-4),  # noqa: B008 (frozen)
         fakes: int = 5,
         unseen_weight: float = 5.0,
         no_object: float = 0.1,
+        classifier_lr: float = 0.001,
+        classifier_momentum: float = 0.9,
+        classifier_decay: float = 0.0005,
         table: Literal["all", "seen"] = "all",
         similarity: Literal["cosine", "euclidean", "dot", "scaled"] = "cosine",
         losses: LossWeights = LossWeights(),
         deviations: Deviations = Deviations(),
     ) -> None:
-        """`settings`: the optimizer and the schedule are the generator's; `classifier`: its own, whose rate stays as it is.
+        """`settings`: the optimizer and the schedule are the generator's. The classifier's is SGD, whose rate stays as it is.
 
         `fakes`: unseen names a step of which the classifier is given one made query each, other ones at every step.
         `unseen_weight`, `no_object`: weights in the classifier's cross-entropy, where seen names have 1. `table`: the names
@@ -124,6 +126,7 @@ class PADingPhase(Phase):
         """Of the unseen names; may be exchanged, to replay what was recorded."""
         made_by = dict(self.synthesis.named_parameters(prefix="namer.synthesis"))
         groups = parameter_groups(made_by, settings.optimizer, settings.groups)
+        classifier = Optimizer("sgd", classifier_lr, classifier_decay, momentum=classifier_momentum)
         linear = parameter_groups(dict(namer.linear.named_parameters(prefix="namer.linear")), classifier, ())
         self.modules = {"generator": Trained(self.synthesis), "classifier": Trained(namer.linear)}
         self.optimizers = {"generator": settings.optimizer.build(groups), "classifier": classifier.build(linear)}
