@@ -22,7 +22,7 @@ import maskfirst.proposers
 import test_contracts
 from maskfirst import cli, recipe
 from maskfirst.build import KEYS, MENUS, Experiment
-from maskfirst.contracts import Dataset, Namer, Proposer
+from maskfirst.contracts import Dataset, Namer, Phase, Proposer
 from maskfirst.frames import Fit
 from maskfirst.namers.pading import Synthesis
 from maskfirst.optim import Group, Optimizer, Schedule
@@ -193,9 +193,10 @@ def test_data_sets(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_page("docs/datasets.md", monkeypatch) == 3
 
 
+OTHERS = {(Namer, "oracle"): "oracle (namer)", (Phase, "pading"): "pading (phase)"}
+"""Titles of kinds that two menus have."""
 SECTIONS: dict[str, Callable[..., Any]] = {
-    # The one kind that two menus have.
-    kind if (contract, kind) != (Namer, "oracle") else "oracle (namer)": import_class(path)
+    OTHERS.get((contract, kind), kind): import_class(path)
     for contract, menu in MENUS.items()
     for kind, path in menu.items()
 } | {

@@ -1,4 +1,4 @@
-"""PADing: what its namer and its phase promise, what they refuse, and whether made queries teach a class that was never shown."""
+"""PADing: what its namer and its phase promise, what they refuse, and what its training leaves as it is."""
 
 import json
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class Quarters(Proposer):
 
 
 class Tiles(Dataset):
-    """Pictures of four tiles, each of a class or of none: its red is the colour, its green the shape, its blue means nothing."""
+    """Pictures of four tiles, each of a class or of none: its red is the colour, its green the shape, its blue nothing."""
 
     def __init__(self, length: int = 32, shown: Sequence[int] = (0, 1, 2), seed: int = 0) -> None:
         self.length, self.shown, self.seed = length, tuple(shown), seed
@@ -170,7 +170,7 @@ def test_new_names_begin_at_nothing_and_the_head_as_the_classifier(vectors: str)
     [
         (
             {"namer__synthesis__unseen": ["blue sqare"]},
-            "unseen: blue sqare is no name of the vocabulary. Did you mean 'blue square'",
+            "blue sqare is no name of the vocabulary. Did you mean 'blue square'",
         ),
         ({"namer__synthesis__unseen": []}, "unseen: has no name"),
         ({"namer__synthesis__unseen": NAMES}, "unseen: leaves no seen class of the 4"),
@@ -193,7 +193,7 @@ def test_what_cannot_be_is_told_in_one_line(vectors: str, change: dict[str, Any]
 
 def test_a_proposer_that_learns_is_refused(vectors: str) -> None:
     tree = recipe(vectors, proposer={"kind": "mask2former", **_mask2former()})
-    with pytest.raises(UserError, match="the proposer has .* trainable parameters .*; set proposer.freeze to true"):
+    with pytest.raises(UserError, match=r"the proposer has .* trainable parameters .*; set proposer.freeze to true"):
         built(tree)
 
 
@@ -289,7 +289,7 @@ def test_an_unseen_class_in_training_is_refused(vectors: str) -> None:
     _, phase = built(recipe(vectors))
     batch = batch_of(phase, Tiles(shown=[3])[0])
     with pytest.raises(
-        UserError, match="picture tiles-0: has labels of blue square, which namer.synthesis.unseen says"
+        UserError, match=r"picture tiles-0: has labels of blue square, which namer.synthesis.unseen says"
     ):
         next(phase.turns(batch))
 
