@@ -22,9 +22,11 @@ import maskfirst.proposers
 import test_contracts
 from maskfirst import cli, recipe
 from maskfirst.build import KEYS, MENUS, Experiment
-from maskfirst.contracts import Dataset, Namer, Proposer
+from maskfirst.contracts import Dataset, Namer, Phase, Proposer
 from maskfirst.frames import Fit
+from maskfirst.namers.pading import Synthesis
 from maskfirst.optim import Group, Optimizer, Schedule
+from maskfirst.phases.pading import Deviations, LossWeights
 from maskfirst.proposers.texts import Texts
 from maskfirst.recipe import import_class
 from maskfirst.segmenter import Inference
@@ -195,13 +197,15 @@ def test_zero_shot(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_page("docs/zero-shot.md", monkeypatch) == 3
 
 
+OTHERS = {(Namer, "oracle"): "oracle (namer)", (Phase, "pading"): "pading (phase)"}
+"""Titles of kinds that two menus have."""
 SECTIONS: dict[str, Callable[..., Any]] = {
-    # The one kind that two menus have.
-    kind if (contract, kind) != (Namer, "oracle") else "oracle (namer)": import_class(path)
+    OTHERS.get((contract, kind), kind): import_class(path)
     for contract, menu in MENUS.items()
     for kind, path in menu.items()
 } | {
-    kind.__name__: kind for kind in (Texts, Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
+    kind.__name__: kind
+    for kind in (Texts, Synthesis, LossWeights, Deviations, Inference, Thresholds, Fit, Training, Optimizer, Group, Schedule)
 }  # fmt: skip
 GIVEN = ("vocabulary", "size", "unseen", "width", "segmenter", "settings")
 
@@ -233,7 +237,7 @@ def defaults(kind: Callable[..., Any]) -> dict[str, str]:
 
 def plain(value: object, made: bool) -> str:
     """A default as YAML has it."""
-    if made:
+    if made or is_dataclass(value):
         return "{}"
     if isinstance(value, tuple):
         return "[" + ", ".join(plain(each, False) for each in value) + "]"

@@ -60,6 +60,7 @@ MENUS: dict[type, dict[str, str]] = {
         "embeddings": "maskfirst.namers.embeddings:Embeddings",
         "given": "maskfirst.namers.given:Given",
         "oracle": "maskfirst.namers.oracle:OracleNamer",
+        "pading": "maskfirst.namers.pading:PADing",
         "vit_p": "maskfirst.namers.vit_p:ViTP",
     },
     Criterion: {
@@ -71,6 +72,7 @@ MENUS: dict[type, dict[str, str]] = {
         "ordinary": "maskfirst.phase:Ordinary",
         "points": "maskfirst.phases.points:PointPhase",
         "joint": "maskfirst.phases.joint:JointPhase",
+        "pading": "maskfirst.phases.pading:PADingPhase",
     },
     Dataset: {
         "folder": "maskfirst.data.folder:Folder",

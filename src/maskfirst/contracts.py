@@ -168,6 +168,8 @@ class Phase(ABC):
     `self.modules[name](function)` with what is to be run."""
     optimizers: dict[str, torch.optim.Optimizer]
     """By the turn's name; their groups come from `optim.parameter_groups`."""
+    unscheduled: frozenset[str] = frozenset()
+    """Turns whose learning rate stays as it is through the training."""
 
     def collate(self, samples: Sequence[Sample], task: str) -> Batch:
         """Samples of one size as the batch that `turns` is given."""

@@ -146,12 +146,15 @@ def cost(segmenter: Segmenter, size: Size, present: int = 10) -> Cost:
 
 
 def parameters_by_part(segmenter: Segmenter) -> dict[str, int]:
-    """Parameters of the proposer, the namer and so on, those of a part's `backbone` or `trunk` told apart."""
+    """Parameters of the proposer, the namer and so on, those of a part's `backbone` or `trunk` told apart.
+
+    So is the `synthesis` of namer pading, which only its training needs.
+    """
     parts: Counter[str] = Counter()
     for name, parameter in segmenter.named_parameters():
         part, _, rest = name.partition(".")
         inner = rest.partition(".")[0]
-        parts[f"{part}.{inner}" if inner in ("backbone", "trunk") else part] += parameter.numel()
+        parts[f"{part}.{inner}" if inner in ("backbone", "trunk", "synthesis") else part] += parameter.numel()
     return dict(parts)
 
 

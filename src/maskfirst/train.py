@@ -167,7 +167,11 @@ def train(
                 break
 
             segmenter.proposer.at(state.step / settings.steps)
-            rates = [settings.schedule.apply(each, state.step, settings.steps) for each in phase.optimizers.values()]
+            rates = [
+                settings.schedule.apply(each, state.step, settings.steps)
+                for turn, each in phase.optimizers.items()
+                if turn not in phase.unscheduled
+            ]
             seed_everything(settings.seed, "step", state.step, rank)
             with journal.waiting():
                 loaded = [next(loads) for _ in range(-(-share // micro))]

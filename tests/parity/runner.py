@@ -12,6 +12,8 @@ from . import (
     internimage,
     mask2former,
     oneformer,
+    pading,
+    pading_recipes,
     scores,
     tables,
     upernet,
@@ -73,8 +75,10 @@ def run(folder: Path) -> list[Row]:
 
 def _kind(path: Path) -> Callable[[Path, Path], Iterator[Row]] | None:
     told = _told(path) if path.suffix == ".json" else {}
-    if path.name == "lr_schedule.json" and zero_shot.is_rates(told):
-        return zero_shot.rates
+    # PADing's files have the names of others', and only their content tells them.
+    known = pading.kind(path.name, told) or pading_recipes.kind(path.name, told)
+    if known is not None:
+        return known
     for pattern, known in FILES.items():
         if re.fullmatch(pattern, path.name):
             return known
@@ -107,8 +111,9 @@ def _told(path: Path) -> dict[str, Any]:
 def _belonging(path: Path) -> set[str]:
     """The file itself and those that are read with it."""
     if path.name == "config.json":
-        return {path.name, "io.npz", "state.safetensors", *vit_adapter.BESIDE, *zero_shot.BESIDE}
-    if vit_p.is_variant(_told(path) if path.suffix == ".json" else {}):
+        return {path.name, "io.npz", "state.safetensors", *vit_adapter.BESIDE, *pading.BESIDE, *zero_shot.BESIDE}
+    told = _told(path) if path.suffix == ".json" else {}
+    if vit_p.is_variant(told) or pading.is_generator(told):
         return {path.name, f"{path.stem}.npz", f"{path.stem}.safetensors"}
     if path.name == "expected.json":
         return {path.name, *scores.BESIDE, *(name for pair in scores.FILES.values() for name in pair)}

@@ -246,30 +246,11 @@ def first_stages(folder: Path, path: Path) -> Iterator[Row]:
             yield equal(path.name, f"{key}: {name}", ours, theirs)
 
 
-def is_rates(told: dict[str, Any]) -> bool:
-    return STAGES.keys() & told.keys() != set() and all("lr" in each for each in told.values())
-
-
-def rates(folder: Path, path: Path) -> Iterator[Row]:
-    """Learning rates of the first stages at some steps."""
-    for key, told in json.loads(path.read_text(encoding="utf-8")).items():
-        if key not in STAGES:
-            if key not in SECOND:
-                yield failed(path.name, key, "not covered")
-            continue
-        training = Experiment(recipe(STAGES[key])).training()
-        yield equal(path.name, f"{key}: max_iter", training.steps, told["max_iter"])
-        for step, rate in told["lr"].items():
-            ours = training.optimizer.lr * training.schedule.factor(int(step), training.steps)
-            yield compare(path.name, f"{key}: step {step}", ours, rate, SCORES)
-
-
 FILES = {
     r"panoptic_filter\.json": panoptic_filter,
     r"class_splits\.json": class_splits,
     r"semantic_(full|absent)\.json": semantic,
     r"panoptic\.json": panoptic,
     r"embeddings\.json": embeddings,
-    r"resolved_configs\.json": first_stages,
 }
 """File name -> what compares it."""

@@ -22,6 +22,7 @@ from maskfirst.convert import (
     internimage,
     mask2former,
     oneformer,
+    pading,
     segvit,
     strangers,
     uni_perceiver,
@@ -106,6 +107,8 @@ ORIGINS: tuple[Whole | Part, ...] = (
         internimage.rules,
         internimage.spare,
     ),
+    # Before Mask2Former, whose keys it has, too.
+    Whole("PADing", pading.recognises, lambda tensors: str(pading.facts(tensors)), pading.plan, pading.rules),
     Whole(
         "Mask2Former",
         mask2former.recognises,
