@@ -62,10 +62,8 @@ NARROW: dict[str, dict[str, dict[str, Any]]] = {
 slowly as embeddings, at 0.07 of the rate on a trunk of 24 blocks: narrower than here, 50 steps do not bring them to say no
 object.
 """
-RATES = {"upernet": (1e-2,), "mask2former": (1.5e-3, 2e-3, 3e-3)}
-"""Learning rates, by the proposer's kind, tried in turn until a recipe holds: some of these trunks come to rest at a lower rate
-alone, others get far enough at a higher alone.
-"""
+RATES = {"upernet": 1e-2, "mask2former": 1.5e-3}
+"""Learning rates, by the proposer's kind."""
 CROP = 128
 """The longer side of a crop in training, px."""
 FEW = 3
@@ -88,20 +86,9 @@ def narrow(name: str, size: Size, folder: Path, changes: Sequence[str] = ()) -> 
     """
     whole = recipe.load(name)
     write_pictures(folder / "data", size, Experiment(whole).vocabulary)
-    rows: list[dict[str, Any]] = []
-    for rate in RATES[whole.tree["proposer"]["kind"]]:
-        rows.append(tried(whole, rate, size, folder, changes))
-        if rows[-1]["held"]:
-            break
-    return rows[-1]
-
-
-def tried(whole: Recipe, rate: float, size: Size, folder: Path, changes: Sequence[str]) -> dict[str, Any]:
-    """As `narrow`, at one learning rate."""
     start = time.process_time()
-    told = [*overrides(whole, folder / "data"), f"train.optimizer.lr={rate}", *changes]
-    experiment = Experiment(recipe.override(whole, told))
-    run = folder / f"run-{rate:g}"
+    experiment = Experiment(recipe.override(whole, [*overrides(whole, folder / "data"), *changes]))
+    run = folder / "run"
     train(experiment, run, loggers=(), progress=False)
     loss = losses(run / "log.jsonl", experiment.training().steps)
     segmenter, pictures = build.load(run), experiment.dataset("val")
@@ -112,7 +99,7 @@ def tried(whole: Recipe, rate: float, size: Size, folder: Path, changes: Sequenc
     }
     return {
         "size": list(size),
-        "lr": rate,
+        "lr": experiment.training().optimizer.lr,
         "loss": loss,
         **seen,
         "held": loss["ratio"] <= HALF and all(each["as_told"] for each in seen.values()),
@@ -132,6 +119,7 @@ def overrides(whole: Recipe, data: Path) -> list[str]:
         **dict(shrunk(tree["augment"], size)),
         "data": {"train": pictures, "val": {**pictures, "limit": 1}},
         **{f"train.{key}": value for key, value in TRAIN.items()},
+        "train.optimizer.lr": RATES[tree["proposer"]["kind"]],
     }
     # Where the data is a folder as well, none of its keys should stay.
     return ["data=null", *(f"{place}={json.dumps(value)}" for place, value in told.items())]
