@@ -1,9 +1,9 @@
 """ViT-P-B beside the bare trunk and beside the original: `python -m bench.vit_p`, saved with the hardware.
 
-One picture of 518 px and 250 points, random weights, fp32 and bf16; and the points of 250 masks for a picture of 1024 x 2048
-px, read on their own grid beside reading them at the picture's size. Needs two idle cores for figures that compare, and about
-two minutes; `--busy` takes processor time of one thread instead. The original's figure was measured in the same unit on a
-2-core AMD EPYC with AVX-512, torch 2.13.
+One picture of 518 px and 250 points, random weights, fp32 and, on a processor with instructions for it, bf16; and the points
+of 250 masks for a picture of 1024 x 2048 px, read on their own grid beside reading them at the picture's size. Needs two idle
+cores for figures that compare, and about two minutes; `--busy` takes processor time of one thread instead. The original's
+figure was measured in the same unit on a 2-core AMD EPYC with AVX-512, torch 2.13.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from maskfirst.files import write_json
 from maskfirst.frames import Frame
 from maskfirst.namers.vit_p import ViTP
 from maskfirst.ops.cpu import fast_on_cpu
+from maskfirst.ranks import multiplies_bf16
 from maskfirst.recipe import Recipe
 from maskfirst.types import Proposals
 
@@ -73,12 +74,18 @@ def measure(repeats: int, clock: Clock) -> dict[str, Any]:
         "bare trunk": fast(lambda: bare(model.trunk, pixels)),
     }
     items = {name: inference(run) for name, run in parts.items()}
-    items |= {f"{name}, bf16": inference(run, half) for name, run in parts.items()}
-    timings = interleaved(items, repeats, clock)
-    with torch.inference_mode():
-        exact = model.classify(pixels, points).argmax(-1)
-        with half():
-            same = (model.classify(pixels, points).argmax(-1) == exact).float().mean().item()
+    halves = {f"{name}, bf16": inference(run, half) for name, run in parts.items()} if multiplies_bf16() else {}
+    timings = interleaved(items | halves, repeats, clock)
+    checks = [Check("T.P of ViT-P-B, 250 points", timings["ViT-P"].work, 420)]
+    if halves:
+        with torch.inference_mode():
+            exact = model.classify(pixels, points).argmax(-1)
+            with half():
+                same = (model.classify(pixels, points).argmax(-1) == exact).float().mean().item()
+        checks += [
+            Check("fp32 / bf16", timings["ViT-P"].work / timings["ViT-P, bf16"].work, 2, most=False),
+            Check("points that bf16 names alike", same, AGREEMENT, most=False),
+        ]
 
     masks = Proposals(torch.randn(1, POINTS, STREET[0] // 4, STREET[1] // 4, generator=random))
     frame = Frame(STREET, STREET, STREET)
@@ -88,11 +95,6 @@ def measure(repeats: int, clock: Clock) -> dict[str, Any]:
         max(1, repeats // 3),
         clock,
     )
-    checks = [
-        Check("T.P of ViT-P-B, 250 points", timings["ViT-P"].work, 420),
-        Check("fp32 / bf16", timings["ViT-P"].work / timings["ViT-P, bf16"].work, 2, most=False),
-        Check("points that bf16 names alike", same, AGREEMENT, most=False),
-    ]
     for name, timing in timings.items():
         beside = f"{ORIGINAL[name]:10.1f}{timing.work / ORIGINAL[name]:7.2f}" if name in ORIGINAL else ""
         print(f"{name:<32}{timing.work:8.1f} T.P{timing.ms:9.0f} ms{timing.repeats:4d}{beside}")
