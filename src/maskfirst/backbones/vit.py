@@ -200,7 +200,7 @@ class TimmViT(Trunk, Resizable, Receiver):
             if positions is not None:
                 patches = patches + positions
             self.zoomed = self._draw_zoom()
-            return torch.cat([leading.expand(len(pixels), -1, -1), patches], 1), grid
+            return torch.cat([leading.expand(pixels.shape[0], -1, -1), patches], 1), grid
         for token in special:
             # They are parameters that nothing reads; times zero they keep a gradient, which several processes need from
             # every parameter, and weight decay as in the original.
