@@ -18,8 +18,8 @@ OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "instance": ("segments", "classes", "scores"),
     "panoptic": ("segments", "classes", "scores"),
 }
-"""What `answer` gives, by task: labels (B, H, W) are classes. Instances: masks (B, N, H, W), their classes (B, N), VOID where there
-is none, and scores. Panoptic: for every pixel a proposal's number (B, H, W), or VOID, and each proposal's class and score (B, Q)."""
+"""What `answer` gives, by task. Labels (B, H, W) are classes. Instances are masks (B, N, H, W), classes (B, N), VOID where
+there is none, and scores. Panoptic: each pixel's proposal (B, H, W), or VOID, and each proposal's class and score (B, Q)."""
 
 
 def answer(

@@ -1,4 +1,4 @@
-"""Engine: an ONNX file of `export` as a segmenter whose networks onnxruntime runs; the file has its recipe and its names inside.
+"""Engine: an ONNX file of `export` as a segmenter whose networks onnxruntime runs; its recipe and names are inside of it.
 
 It is as untrusted as weights are: its recipe is checked, nothing in it can run code, and no library of operators is loaded.
 """

@@ -1,10 +1,11 @@
-"""Export: a model as an ONNX file, or a program of torch.export, that carries its recipe and names and has proved to be the model.
+"""Export: a model as an ONNX file, or a program of torch.export, with its recipe and names inside, and proved to be the model.
 
 Both are traced, with pictures in any number and, where the network does not ask for its size, of any size. What was written is
 read back, run beside PyTorch on pictures, and thrown away where the two differ.
 """
 
 import contextlib
+import importlib.util
 import io
 import logging
 import tempfile
@@ -21,11 +22,13 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from maskfirst.contracts import Dataset
+from maskfirst.data.images import read_image
 from maskfirst.engine import ENDING, INSTALL, POINTS, Card, OnnxRun
 from maskfirst.evaluate import evaluate
 from maskfirst.files import write_json
 from maskfirst.frames import Size, up_to_multiple
 from maskfirst.graphs import Facts, GraphError, MaskNetwork, Network, Run, driven, example, named, networks, settled
+from maskfirst.outputs import Found
 from maskfirst.parity import Parity, Picture, compare
 from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
@@ -153,6 +156,19 @@ def export(
     return found
 
 
+def pictures_of_files(found: Iterable[Found]) -> Iterator[Picture]:
+    """Pictures on disk, in their order, to compare on. Raises ImageError at one that cannot be read."""
+    for each in found:
+        yield Picture(read_image(each.file), each.name)
+
+
+def pictures_of_data(dataset: Dataset, with_truth: bool) -> Iterator[Picture]:
+    """Those of a data set, in its order, with their truth where the model is told it."""
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        yield Picture(sample.image, sample.key, sample.truth if with_truth else None)
+
+
 @dataclass(frozen=True)
 class Traced:
     """A program of masks, its facts, and what it takes in a sentence."""
@@ -257,12 +273,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_onnx(out: Path) -> None:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise GraphError(f"{out}: needs onnx, onnxscript and onnxruntime; {INSTALL}") from error
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise GraphError(f"{out}: needs {', '.join(missing)}; {INSTALL}")
 
 
 def _start(segmenter: Segmenter, recipe: Recipe) -> Size:
@@ -296,9 +309,7 @@ def _write_onnx(path: Path, program: ExportedProgram, network: Network, card: Ca
             )
         # It wraps whatever an operator's translation raises in types that are not public.
         except Exception as error:
-            raise GraphError(
-                f"{path.name}: cannot be said in ONNX: {_in_line(error)}"
-            ) from error
+            raise GraphError(f"{path.name}: cannot be said in ONNX: {_in_line(error)}") from error
     assert made is not None
     graph = made.model_proto
     onnx.helper.set_model_props(graph, card.as_metadata())

@@ -35,8 +35,8 @@ class GraphError(UserError):
 class Facts:
     """What the tensors of a graph of masks do not tell.
 
-    `named`: whether it gives names, too. `competing`, `resolution`: see Proposals. `multiple`: px that divide the sides of every
-    canvas that it takes; `size`: (height, width) px of the only one, None for any.
+    `named`: whether it gives names, too. `competing`, `resolution`: see Proposals. `multiple`: px that divide the sides of
+    every canvas that it takes; `size`: (height, width) px of the only one, None for any.
     """
 
     named: bool
@@ -147,8 +147,8 @@ class GraphProposer(Proposer):
         facts, canvas = self.facts, (batch.pixels.shape[-2], batch.pixels.shape[-1])
         if facts.size is not None and canvas != facts.size:
             raise GraphError(
-                f"this graph is for canvases of {facts.size[0]} x {facts.size[1]} px, and one of {canvas[0]} x {canvas[1]} came; "
-                f"export it with --size {canvas[0]}x{canvas[1]}, or give it pictures of its size"
+                f"this graph is for canvases of {facts.size[0]} x {facts.size[1]} px, and one of {canvas[0]} x {canvas[1]} "
+                f"came; export it with --size {canvas[0]}x{canvas[1]}, or give it pictures of its size"
             )
         given = {"pixels": batch.pixels.cpu()}
         if self.told:
@@ -178,7 +178,7 @@ class GraphPoints(PointNamer):
 
 
 def driven(like: Segmenter, facts: Facts | None, masks: Run | None, points: Run | None) -> Segmenter:
-    """`like` with graphs in place of its networks; it may be on the meta device. Its proposer stays where no graph has masks."""
+    """`like`, on whatever device, with graphs in place of its networks. Its proposer stays where no graph has masks."""
     proposer = like.proposer if masks is None or facts is None else GraphProposer(masks, facts, like.proposer)
     namer = like.namer if points is None and masks is None else _driven(like.namer, points)
     return Segmenter(proposer, namer, None, like.vocabulary, settled(like).inference).eval()

@@ -1,4 +1,4 @@
-"""Parity: whether a graph answers as the model that it was made of, on pictures; what is kept of both, and how long each took."""
+"""Parity: whether a graph answers on pictures as the model that it was made of, and how long both took."""
 
 import time
 from collections.abc import Iterable, Iterator
