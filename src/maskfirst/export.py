@@ -129,7 +129,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
         folder = Path(place)
         for name, program in programs.items():
-            (_write_onnx if whole else _write_program)(folder / name, program, owners[name], card)
+            (write_onnx if whole else _write_program)(folder / name, program, owners[name], card)
         runs = [_opened(folder / name, network) for name, network in owners.items()]
         graph = driven(segmenter, facts, *_by_part(runs, masks is not None, points is not None))
         parity = compare(segmenter, graph, pictures, task)
@@ -141,7 +141,7 @@ def export(
             )
         if numbers != "fp32" and dataset is not None:
             for name in programs:
-                (_to_half if numbers == "fp16" else _to_int8)(folder / name)
+                (to_half if numbers == "fp16" else to_int8)(folder / name)
             runs = [_opened(folder / name, network) for name, network in owners.items()]
             small = driven(segmenter, facts, *_by_part(runs, masks is not None, points is not None))
             before, after = (evaluate(each, dataset, task).scores for each in (segmenter, small))
@@ -294,7 +294,7 @@ def _write_program(path: Path, program: ExportedProgram, network: Network, card:
     torch.export.save(program, path, extra_files=card.as_metadata())
 
 
-def _write_onnx(path: Path, program: ExportedProgram, network: Network, card: Card) -> None:
+def write_onnx(path: Path, program: ExportedProgram, network: Network, card: Card) -> None:
     import onnx
 
     with _unchecked(), torch.no_grad(), _quiet():
@@ -350,7 +350,7 @@ def _report(out: Path) -> Path:
     return out.with_name(f"{out.name}.json")
 
 
-def _to_half(path: Path) -> None:
+def to_half(path: Path) -> None:
     """In 16 bits, but for what goes in and comes out, and for what onnxruntime has in 32 bits alone."""
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -359,7 +359,7 @@ def _to_half(path: Path) -> None:
         _save(convert_float_to_float16(onnx.load(str(path)), keep_io_types=True), path)
 
 
-def _to_int8(path: Path) -> None:
+def to_int8(path: Path) -> None:
     """Weights of products in 8 bits, and what they are multiplied with as it comes (dynamic quantization)."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
