@@ -51,7 +51,7 @@ def items(name: str, side: int, folder: Path) -> dict[str, Callable[[], object]]
     small.write_bytes(path.read_bytes())
     to_int8(small)
     given = tuple(each[:1] for each in example(network, (side, side)))
-    feed = dict(zip(network.inputs, given, strict=True))
+    feed: dict[str, torch.Tensor] = dict(zip(network.inputs, given, strict=True))
     runs = {"fp32": OnnxRun(path), "int8": OnnxRun(small)}
     # As a Segmenter runs its networks.
     return {

@@ -1,4 +1,4 @@
-"""Every proposer, namer and backbone as a graph that is its model; what is no model of ours, or no longer it, is told in a line."""
+"""Every proposer, namer and backbone as a graph that is its model; what is not, or no longer, is refused in a line."""
 
 import json
 import re

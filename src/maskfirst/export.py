@@ -295,6 +295,7 @@ def _write_program(path: Path, program: ExportedProgram, network: Network, card:
 
 
 def write_onnx(path: Path, program: ExportedProgram, network: Network, card: Card) -> None:
+    """Writes a traced network and its card as ONNX. Raises GraphError where ONNX has no words for it."""
     import onnx
 
     with _unchecked(), torch.no_grad(), _quiet():

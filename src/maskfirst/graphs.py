@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from maskfirst import answers
+from maskfirst import answers, tasks
 from maskfirst.contracts import Namer, PointNamer, Proposer
 from maskfirst.errors import UserError
 from maskfirst.frames import Frame, Size
@@ -59,9 +59,9 @@ class MaskNetwork(nn.Module):
             )
         self.task = answer
         self.vocabulary = segmenter.vocabulary
-        self.order = segmenter.inference.order
+        self.order: tasks.Order = segmenter.inference.order
         self.thresholds = segmenter.inference.thresholds
-        self.inputs = ("pixels", "task") if self.proposer.reads_task else ("pixels",)
+        self.inputs: tuple[str, ...] = ("pixels", "task") if self.proposer.reads_task else ("pixels",)
         named = () if self.namer is None else ("names",)
         self.outputs = ("masks", *named, *(() if answer is None else answers.OUTPUTS[answer]))
 
