@@ -49,25 +49,26 @@ def dense_trunk(trunk: Mapping[str, Any]) -> dict[str, Any]:
 GIVEN, HEAD = kind(Namer, "given"), kind(Namer, "class_head")
 BEIT = {**TRUNKS["beit"], "depth": 4}
 DINOV3 = {"kind": "vit", "model": "vit_small_patch16_dinov3", "width": 32, "depth": 3, "heads": 2}
+SIMPLE = {"kind": "simple_pyramid", "width": 8, "backbone": {**TAPS, "trunk": DINOV3, "depths": [2]}}
 MODELS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str | None]] = {
     "atm": (kind(Proposer, "atm"), HEAD, None),
     "atm_single": (kind(Proposer, "atm_single", read_out="canvas"), HEAD, None),
     "atm_shrunk": (kind(Proposer, "atm_shrunk"), HEAD, "semantic"),
     "eomt": (kind(Proposer, "eomt"), HEAD, "instance"),
-    "mask2former": (kind(Proposer, "mask2former"), HEAD, "panoptic"),
-    "oneformer": (kind(Proposer, "oneformer"), HEAD, None),
-    "upernet": (kind(Proposer, "upernet"), GIVEN, "semantic"),
+    "mask2former": (kind(Proposer, "mask2former", backbone=SIMPLE), HEAD, "panoptic"),
+    "oneformer": (kind(Proposer, "oneformer", backbone=SIMPLE), HEAD, None),
+    "upernet": (kind(Proposer, "upernet", backbone=SIMPLE), GIVEN, "semantic"),
     "blend": (dense_trunk(TRUNKS["uni_perceiver"]), kind(Namer, "blend", first=GIVEN), None),
     "vit_p": (kind(Proposer, "oracle"), VIT_P, None),
     "beit": (dense("deconv_pyramid", backbone={**TAPS, "trunk": BEIT, "depths": [0, 1, 2, 3]}), GIVEN, None),
-    "dinov3": (dense_trunk(DINOV3), GIVEN, None),
+    "pyramid": (dense("pyramid"), GIVEN, None),
     "adapter": (dense("adapter"), GIVEN, None),
     "internimage": (dense("internimage"), GIVEN, None),
     "dinat": (dense("dinat"), GIVEN, None),
     "stem_vit": (dense("stem_vit"), GIVEN, None),
 }  # fmt: skip
 """Proposer, namer, and the task whose answer its graph gives, too."""
-FIXED = {"dinat"}
+FIXED = {"dinat", "pyramid"}
 """Whose networks ask for the size of what they see."""
 
 

@@ -238,7 +238,8 @@ class TimmViT(Trunk, Resizable, Receiver):
         """Attention within windows (Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", 2022)."""
         side, (height, width) = self.window, grid
         # Padded after the projection, so that keys and values there are 0 and not its bias.
-        maps = F.pad(attention.qkv(tokens).unflatten(1, grid), (0, 0, 0, -width % side, 0, -height % side))
+        below, beside = (-(-length // side) * side - length for length in grid)
+        maps = F.pad(attention.qkv(tokens).unflatten(1, grid), (0, 0, 0, beside, 0, below))
         inside = windows(maps, (side, side))
         query, key, value = (
             each.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
