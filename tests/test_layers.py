@@ -33,7 +33,7 @@ FLOORS = (
     },
     {"optim", "training", "ranks", "loggers", "stream", "memory", "sync_norm"},
     {"segmenter"},
-    {"compose", "text_vectors"},
+    {"compose", "text_vectors", "answers", "graphs", "parity"},
     {"recipe", "build", "weights"},
     {
         "train",
@@ -47,6 +47,8 @@ FLOORS = (
         "predict_points",
         "outputs",
         "cost",
+        "engine",
+        "export",
     },
     {"convert"},
     {"cli"},

@@ -19,7 +19,7 @@ from maskfirst.contracts import PerClass
 from maskfirst.convert import upernet
 from maskfirst.convert.rename import destinations
 from maskfirst.frames import resize
-from maskfirst.proposers.upernet import ConvNorm, UperNet, resized_convolutions
+from maskfirst.proposers.upernet import ConvNorm, UperNet, _averaging, resized_convolutions
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Batch
@@ -293,3 +293,11 @@ def test_what_cannot_be_built_is_told_in_one_line(settings: Mapping[str, Any], m
     with pytest.raises(RecipeError, match=message) as told:
         segmenter(**settings)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 16])
+@pytest.mark.parametrize("side", [1, 2, 3, 6])
+def test_averages_for_graphs_are_those_of_pooling(length: int, side: int) -> None:
+    maps = torch.rand(2, 3, length, 8)
+    down, across = (_averaging(count, side, maps) for count in (length, 8))
+    torch.testing.assert_close(down @ maps @ across.T, F.adaptive_avg_pool2d(maps, side))

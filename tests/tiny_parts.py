@@ -12,7 +12,7 @@ from maskfirst.contracts import Augmentation, Dataset, PointNamer, Proposer
 from maskfirst.data.images import ImageError
 from maskfirst.proposers.dense import one_name_each
 from maskfirst.recipe import Recipe
-from maskfirst.types import Batch, Names, Proposals, Sample, Vocabulary
+from maskfirst.types import Batch, Proposals, Sample, Vocabulary
 
 VOCABULARY = Vocabulary(("dark", "light"), frozenset(), ((0, 0, 0), (255, 255, 255)), (0, 1))
 
@@ -64,12 +64,11 @@ class TinyPointNamer(PointNamer):
         seen = F.grid_sample(self.trunk(pixels / 255 - 0.5), here.to(pixels), align_corners=False)
         return self.head(seen[:, :, 0].mT + self.point_proj(points))
 
-    def forward(self, proposals: Proposals, batch: Batch) -> Names:
+    def looks(self, proposals: Proposals, batch: Batch) -> tuple[Tensor, Tensor]:
         highest = proposals.masks.flatten(2).argmax(-1)
         height, width = proposals.masks.shape[-2:]
         points = torch.stack([highest // width * 2 / height - 1, highest % width * 2 / width - 1], -1)
-        pixels = F.interpolate(batch.pixels, self.size, mode="bilinear", align_corners=False)
-        return Names(F.pad(self.classify(pixels, points), (0, 1), value=-50.0))
+        return F.interpolate(batch.pixels, self.size, mode="bilinear", align_corners=False), points
 
 
 class Noise(Dataset):

@@ -63,6 +63,21 @@ class Task(StrEnum):
     panoptic = "panoptic"
 
 
+class Engine(StrEnum):
+    """What runs a network."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
+class Numbers(StrEnum):
+    """What the weights of a graph are kept in."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
 class Values(StrEnum):
     """What label maps hold: indices of classes, or the vocabulary's own numbers for them."""
 
@@ -85,6 +100,15 @@ class Oracle(StrEnum):
 
 
 Weights = Annotated[str, typer.Argument(help="A .safetensors file, a run folder, hub:org/name or a bundled name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="WEIGHTS", help="As for the other verbs, or an .onnx file that `export` has written.")
+]
+RunBy = Annotated[
+    Engine | None,
+    typer.Option(
+        help="What runs the network: onnx (onnxruntime) for .onnx files, which is the default there, or torch."
+    ),
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
 ]
@@ -182,7 +206,7 @@ def train(
 
 @app.command()
 def evaluate(
-    weights: Weights,
+    weights: Model,
     data: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Take the data of this recipe, not of the weights'.")
     ] = None,
@@ -211,10 +235,11 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for scores.json and pictures of the ten worst.")] = None,
     devices: Devices = 1,
     precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
+    engine: RunBy = None,
     as_json: Json = False,
 ) -> None:
     """Score a model against the truth of a data set, class by class."""
-    from maskfirst import build, ranks
+    from maskfirst import ranks
     from maskfirst.compose import among, with_true_names
     from maskfirst.compose import matrix as compose_matrix
     from maskfirst.data.zero_shot import WithUnseen
@@ -222,7 +247,7 @@ def evaluate(
     from maskfirst.files import write_json
     from maskfirst.weights import require_same_vocabulary
 
-    segmenter = build.load(weights, trusted=trust)
+    segmenter = _loaded(weights, engine, "cpu", trust)
     experiment = _of_weights(weights, changes, trust) if data is None else _experiment(data, changes)
     dataset = experiment.dataset(split.value)
     require_same_vocabulary(segmenter.vocabulary, dataset.vocabulary, f"{experiment.recipe.source}: data.{split}")
@@ -412,19 +437,19 @@ def predict(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier run has finished.")] = False,
     precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
+    engine: RunBy = None,
     as_json: Json = False,
 ) -> None:
     """Segment pictures: label maps or COCO's files, overlays with a legend, and the share of every class."""
     import torch
 
-    from maskfirst import build
     from maskfirst.predict import predict_files
     from maskfirst.predict_points import predict_points
 
     chosen, paths = _weights_and_paths(arguments, weights)
     # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    segmenter = build.load(chosen, device, trust)
+    segmenter = _loaded(chosen, engine, device, trust)
     saved = None if masks is None else _saved(masks, segmenter, blend is not None)
     segmenter = _composed(segmenter, saved, False, namer, blend, trust).to(device)
     painted = None if colors is None else _colors(segmenter.vocabulary, colors)
@@ -541,6 +566,73 @@ def convert(
 
 
 @app.command()
+def export(
+    weights: Weights,
+    out: Annotated[Path, typer.Option(help="The file to write: .onnx, or .pt2 for torch.export.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH", help="Pictures to compare on, files, folders and globs; repeatable. By default the data's."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Take the data of this recipe, not of the weights'.")
+    ] = None,
+    changes: Changes = None,
+    split: Annotated[Split, typer.Option(help="The part of the data.")] = Split.val,
+    task: Annotated[Task | None, typer.Option(help="To compare and to score; the recipe's by default.")] = None,
+    answer: Annotated[
+        Task | None, typer.Option(help="Let the graph give the answer to this task, too, beside masks and names.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH", help="The only canvas that the graph takes, px; any, where the network can."
+        ),
+    ] = None,
+    numbers: Annotated[
+        Numbers, typer.Option(help="What weights become; the score lost on the data by fp16 and int8 is told.")
+    ] = Numbers.fp32,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as ONNX or a torch.export program, compared with PyTorch on pictures, and refused where they differ."""
+    from maskfirst import build
+    from maskfirst.export import export, pictures_of_data, pictures_of_files
+    from maskfirst.predict import find_pictures
+    from maskfirst.weights import require_same_vocabulary
+
+    segmenter = build.load(weights, trusted=trust)
+    own = _of_weights(weights, None, trust)
+    dataset = None
+    if images is None or numbers is not Numbers.fp32 or segmenter.uses_truth:
+        experiment = _of_weights(weights, changes, trust) if data is None else _experiment(data, changes)
+        dataset = experiment.dataset(split.value)
+        require_same_vocabulary(segmenter.vocabulary, dataset.vocabulary, f"{experiment.recipe.source}: data.{split}")
+    if images is not None and not segmenter.uses_truth:
+        pictures = pictures_of_files(find_pictures(images))
+    else:
+        assert dataset is not None
+        pictures = pictures_of_data(dataset, segmenter.uses_truth)
+    found = export(
+        segmenter,
+        own.recipe,
+        out,
+        pictures,
+        task.value if task else _default_task(weights, segmenter),
+        size=None if size is None else _size(size),
+        answer=None if answer is None else answer.value,
+        numbers=numbers.value,
+        dataset=dataset,
+    )
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        _print(found.as_table())
+        print(f"written: {', '.join(map(str, found.files))}")
+
+
+@app.command()
 def recipes(as_json: Json = False) -> None:
     """List the bundled recipes: what the originals have published, and ours beside."""
     from dataclasses import asdict
@@ -638,14 +730,26 @@ def _chief() -> bool:
     return not any(int(os.environ.get(rank, 0)) for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
+def _loaded(name: str, wanted: Engine | None, device: str, trust: bool) -> "Segmenter":
+    """The model of weights, or of an .onnx file, run by what is wanted."""
+    from maskfirst import build, engine
+
+    graph = engine.is_graph(name)
+    if wanted is Engine.onnx and not graph:
+        raise UserError(f"--engine onnx: {name} is no .onnx file; 'maskfirst export {name} --out model.onnx' makes one")
+    if wanted is Engine.torch and graph:
+        raise UserError(f"--engine torch: {name} is run by onnxruntime; give the weights that it was exported from")
+    return engine.load(name, trust) if graph else build.load(name, device, trust)
+
+
 def _of_weights(name: str, changes: list[str] | None, trusted: bool) -> "Experiment":
-    """The experiment of the recipe in weights."""
+    """The experiment of the recipe in weights, or in an .onnx file."""
     from dataclasses import replace
 
-    from maskfirst import recipe, weights
+    from maskfirst import engine, recipe, weights
     from maskfirst.build import Experiment
 
-    file = weights.read(name)
+    file = engine.read(name) if engine.is_graph(name) else weights.read(name)
     changed = recipe.override(file.recipe, changes or [])
     return Experiment(replace(changed, trusted=trusted), file.vocabulary)
 
@@ -693,7 +797,7 @@ def _names_weights(text: str) -> bool:
     from maskfirst.weights import PICKLES, WeightsError, locate
 
     path = Path(text)
-    if text.startswith("hub:") or path.suffix.lower() in (".safetensors", *PICKLES):
+    if text.startswith("hub:") or path.suffix.lower() in (".safetensors", ".onnx", *PICKLES):
         return True
     if path.is_file():
         return False

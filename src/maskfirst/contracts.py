@@ -88,6 +88,8 @@ class Proposer(nn.Module, ABC):
     """Of this instance; asking it for another is a sentence, not a NaN."""
     uses_truth: ClassVar[bool] = False
     """Whether `batch.truth` must be set for it to work at all (the oracle)."""
+    reads_task: ClassVar[bool] = False
+    """Whether what it finds depends on the task, other than by what is made of it."""
     mean: tuple[float, float, float]
     """RGB 0..255 of padding that its network takes for nothing."""
     multiple: int
@@ -133,6 +135,13 @@ class PointNamer(Namer, ABC):
         """RGB 0..255 of any size as `classify` takes it."""
         size = (self.size[0], self.size[1])
         return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+
+    def forward(self, proposals: Proposals, batch: Batch) -> Names:
+        return Names(F.pad(self.classify(*self.looks(proposals, batch)), (0, 1), value=float("-inf")))
+
+    @abstractmethod
+    def looks(self, proposals: Proposals, batch: Batch) -> tuple[Float[Tensor, "B 3 H2 W2"], Float[Tensor, "B Q 2"]]:
+        """What `classify` is given to name masks by; read from no parameter."""
 
     @abstractmethod
     def classify(self, pixels: Float[Tensor, "B 3 H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:

@@ -243,7 +243,8 @@ class Batch:
     """What a network is given. `pixels`: RGB 0..255, not normalised; `tasks`, `frames`, `keys`: one a picture.
 
     `truth` lies on the canvas (H, W). `points`: (y, x) px on the canvas, the centre of its first pixel being (0, 0), where
-    pixels and not masks are to be named; `point_classes`: what they are, in training.
+    pixels and not masks are to be named; `point_classes`: what they are, in training. `task_numbers`: the tasks by their
+    places in TASKS, where they are an input of a graph; they count before `tasks` then.
     """
 
     pixels: Float[Tensor, "B 3 H W"]
@@ -253,6 +254,7 @@ class Batch:
     truth: tuple[Segments, ...] | None = None
     points: Float[Tensor, "B P 2"] | None = None
     point_classes: Int64[Tensor, "B P"] | None = None
+    task_numbers: Int64[Tensor, " B"] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -266,6 +268,7 @@ class Batch:
             None if self.truth is None else tuple(segments.to(device) for segments in self.truth),
             None if self.points is None else self.points.to(device),
             None if self.point_classes is None else self.point_classes.to(device),
+            None if self.task_numbers is None else self.task_numbers.to(device),
         )
 
 

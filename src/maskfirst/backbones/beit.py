@@ -172,7 +172,7 @@ class BEiT(Trunk, Resizable):
 
     def embed(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
         maps = self.vit.patch_embed.proj(self.pixels(pixels))
-        leading = self.vit.cls_token.expand(len(maps), -1, -1)
+        leading = self.vit.cls_token.expand(maps.shape[0], -1, -1)
         return torch.cat([leading, maps.flatten(2).transpose(1, 2)], 1), (maps.shape[-2], maps.shape[-1])
 
     def block(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskfirst.frames import Size
-from maskfirst.ops.deformable_attention import deformable_attention
+from maskfirst.ops.deformable_attention import deformable_attention, numbers
 
 
 def places_on(maps: Sequence[Size], own: Sequence[Size], device: torch.device) -> Float[Tensor, "Q L 2"]:
@@ -25,8 +25,8 @@ def places_on(maps: Sequence[Size], own: Sequence[Size], device: torch.device) -
     for height, width in own:
         y, x = ((torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side for side in (height, width))
         unit.append(torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1))
-    scales = torch.tensor([(width, height) for height, width in maps], dtype=torch.float32, device=device)
-    return torch.cat(unit)[:, None] * scales - 0.5
+    sides = [side for height, width in maps for side in (width, height)]
+    return torch.cat(unit)[:, None] * numbers(sides, torch.float32, device).unflatten(0, (-1, 2)) - 0.5
 
 
 def at_least_single(tensor: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:

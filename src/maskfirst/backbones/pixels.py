@@ -33,6 +33,6 @@ def fill_up(
     below, beside = -height % multiple, -width % multiple
     if not below and not beside:
         return pixels
-    canvas = pixels.new_tensor(mean).view(1, 3, 1, 1).repeat(len(pixels), 1, height + below, width + beside)
+    canvas = pixels.new_tensor(mean).view(1, 3, 1, 1).repeat(pixels.shape[0], 1, height + below, width + beside)
     canvas[..., :height, :width] = pixels
     return canvas

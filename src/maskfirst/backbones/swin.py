@@ -52,18 +52,20 @@ class SwinBlock(nn.Module):
         return self.mlp.fc2(self.mlp.act(hidden))
 
     def _attend(self, maps: Tensor) -> Tensor:
-        height, width, channels = maps.shape[1:]
+        batch, height, width, channels = maps.shape
         (tall, wide), (down, right) = self.window, self.shift
-        maps = F.pad(maps, (0, 0, 0, -width % wide, 0, -height % tall))
-        size = (maps.shape[1], maps.shape[2])
+        # By their counts, so that a graph for maps of any size has simple terms for all that follows.
+        rows, columns = -(-height // tall), -(-width // wide)
+        size = (tall * rows, wide * columns)
+        maps = F.pad(maps, (0, 0, 0, size[1] - width, 0, size[0] - height))
         shifted = any(self.shift)
         if shifted:
             maps = maps.roll((-down, -right), (1, 2))
         inside = windows(maps, self.window).flatten(0, 2).flatten(1, 2)
         blocked = _blocked(size, self.window, self.shift, maps) if shifted else None
         seen = self.attn(inside, mask=blocked)
-        seen = seen.view(-1, size[0] // tall, size[1] // wide, tall, wide, channels)
-        seen = seen.transpose(2, 3).reshape(-1, *size, channels)
+        seen = seen.view(batch, rows, columns, tall, wide, channels)
+        seen = seen.transpose(2, 3).reshape(batch, *size, channels)
         if shifted:
             seen = seen.roll((down, right), (1, 2))
         return seen[:, :height, :width]
@@ -71,7 +73,8 @@ class SwinBlock(nn.Module):
 
 def windows(maps: Shaped[Tensor, "B H W C"], window: Size) -> Shaped[Tensor, "B Y X h w C"]:
     """The windows (h, w) of a map that they divide, in rows and columns of them."""
-    return maps.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).transpose(2, 3)
+    sides = (maps.shape[1] // window[0], window[0], maps.shape[2] // window[1], window[1])
+    return maps.unflatten(2, sides[2:]).unflatten(1, sides[:2]).transpose(2, 3)
 
 
 def _blocked(size: Size, window: Size, shift: Size, like: Tensor) -> Float[Tensor, "M N N"]:

@@ -200,7 +200,7 @@ class TimmViT(Trunk, Resizable, Receiver):
             if positions is not None:
                 patches = patches + positions
             self.zoomed = self._draw_zoom()
-            return torch.cat([leading.expand(len(pixels), -1, -1), patches], 1), grid
+            return torch.cat([leading.expand(pixels.shape[0], -1, -1), patches], 1), grid
         for token in special:
             # They are parameters that nothing reads; times zero they keep a gradient, which several processes need from
             # every parameter, and weight decay as in the original.
@@ -238,7 +238,8 @@ class TimmViT(Trunk, Resizable, Receiver):
         """Attention within windows (Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", 2022)."""
         side, (height, width) = self.window, grid
         # Padded after the projection, so that keys and values there are 0 and not its bias.
-        maps = F.pad(attention.qkv(tokens).unflatten(1, grid), (0, 0, 0, -width % side, 0, -height % side))
+        below, beside = (-(-length // side) * side - length for length in grid)
+        maps = F.pad(attention.qkv(tokens).unflatten(1, grid), (0, 0, 0, beside, 0, below))
         inside = windows(maps, (side, side))
         query, key, value = (
             each.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)

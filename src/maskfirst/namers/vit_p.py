@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from maskfirst import tasks
 from maskfirst.contracts import PerClass, PointNamer, Receiver, Trunk
@@ -17,7 +16,7 @@ from maskfirst.errors import UserError
 from maskfirst.frames import Frame
 from maskfirst.namers import points
 from maskfirst.ops import sine_positions
-from maskfirst.types import Batch, Names, Proposals, Vocabulary
+from maskfirst.types import Batch, Proposals, Vocabulary
 
 PLASTIC = 1.32471795724474602596
 """The real root of x^3 = x + 1."""
@@ -87,18 +86,17 @@ class ViTP(PointNamer, Receiver):
             nn.init.eye_(self.point_proj.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, proposals: Proposals, batch: Batch) -> Names:
+    def looks(self, proposals: Proposals, batch: Batch) -> tuple[Float[Tensor, "B 3 H2 W2"], Float[Tensor, "B Q 2"]]:
         seen = [self._seen(pixels, frame) for pixels, frame in zip(batch.pixels, batch.frames, strict=True)]
         places = [self.places(proposals, index, frame) for index, frame in enumerate(batch.frames)]
-        logits = self.classify(torch.stack(seen), torch.stack(places))
-        return Names(F.pad(logits, (0, 1), value=float("-inf")))
+        return torch.stack(seen), torch.stack(places)
 
     def classify(self, pixels: Float[Tensor, "B 3 H W"], points: Float[Tensor, "B N 2"]) -> Float[Tensor, "B N K"]:
         tokens, grid = self.trunk.embed(pixels)
         asked = points.shape[1]
         if asked < self.at_least:
             others = spread(self.at_least - asked).to(points)
-            points = torch.cat([points, others.expand(len(points), -1, -1)], 1)
+            points = torch.cat([points, others.expand(points.shape[0], -1, -1)], 1)
         # Half precision would move points by a quarter of a pixel.
         with torch.autocast(pixels.device.type, enabled=False):
             places = points.to(self.slot.dtype)

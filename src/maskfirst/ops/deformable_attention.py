@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -32,6 +32,8 @@ def deformable_attention(
     Each output is one bag of weighted rows of a table, which torch reads, scales and sums in one go: on a CPU 20 times as
     fast as sampling map by map, and without a sample in memory.
     """
+    if torch.compiler.is_exporting():
+        return deformable_attention_by_gather(value, sizes, places, weights)
     table = _table(value, sizes)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _summed(table, *_neighbours(sizes, places, weights))
@@ -57,6 +59,13 @@ def deformable_attention_by_gather(
 def to_places(locations: Float[Tensor, "*N L P 2"], sizes: Sequence[Size]) -> Float[Tensor, "*N L P 2"]:
     """Locations (x, y), 0..1 over each whole map, as places: px from the centre of its first token."""
     return locations * locations.new_tensor([(width, height) for height, width in sizes])[:, None] - 0.5
+
+
+def numbers(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Shaped[Tensor, " N"]:
+    """A tensor of whole numbers, which are symbols where a graph is made whose maps may have any size."""
+    if torch.compiler.is_exporting():
+        return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _summed(
@@ -121,7 +130,7 @@ def _table(value: Tensor, sizes: Sequence[Size]) -> Float[Tensor, "T D"]:
     """The tokens of all pictures and heads, every map in a frame of zeros, so that no neighbour needs to be asked for."""
     maps = value.flatten(2).split([height * width for height, width in sizes], 1)
     framed = [F.pad(tokens.unflatten(1, size), (0, 0, 0, 1, 1, 2)) for tokens, size in zip(maps, sizes, strict=True)]
-    zero = value.new_zeros(len(value), 1, framed[0].shape[-1])
+    zero = value.new_zeros(value.shape[0], 1, framed[0].shape[-1])
     return torch.cat([zero, *(tokens.flatten(1, 2) for tokens in framed), zero], 1).view(-1, value.shape[-1])
 
 
@@ -130,7 +139,7 @@ def _neighbours(sizes: Sequence[Size], places: Tensor, weights: Tensor) -> _Neig
 
     # Constants of maps are spread over heads and points, so that all that follows runs along long rows.
     def each(values: Sequence[int]) -> Tensor:
-        return places.new_tensor(values)[:, None].expand(heads, levels, points).flatten()
+        return numbers(values, places.dtype, places.device)[:, None].expand(heads, levels, points).flatten()
 
     # From -1 and from the size on, a sample lies between zeros.
     outside = torch.full((heads * levels * points,), -1.0, dtype=places.dtype, device=places.device)
@@ -140,7 +149,7 @@ def _neighbours(sizes: Sequence[Size], places: Tensor, weights: Tensor) -> _Neig
     x, y = x - left, y - top
     lengths, strides = _lengths(sizes), _strides(sizes)
     starts = [1 + sum(lengths[:level]) + strides[level] for level in range(levels)]
-    table = torch.tensor(starts, dtype=torch.int32, device=places.device)[:, None]
+    table = numbers(starts, torch.int32, places.device)[:, None]
     table = (
         table + (sum(lengths) + 2) * torch.arange(batch, dtype=torch.int32, device=places.device)[:, None, None, None]
     )
@@ -148,8 +157,8 @@ def _neighbours(sizes: Sequence[Size], places: Tensor, weights: Tensor) -> _Neig
     # What is not a number shows in the shares; as a row it would lie anywhere in memory.
     first = torch.addcmul(left, top, each(strides)).nan_to_num().int()
     first = torch.add(table.expand(-1, -1, -1, points).reshape(batch, 1, -1), first, alpha=heads)
-    corners = [[0, 1, stride, stride + 1] for stride in strides for _ in range(points)]
-    steps = heads * torch.tensor(corners, dtype=torch.int32, device=places.device).T
+    down = numbers(strides, torch.int32, places.device).repeat_interleave(points)
+    steps = heads * torch.stack([torch.zeros_like(down), torch.ones_like(down), down, down + 1])
     rows = first.unflatten(2, (heads, 1, levels * points)) + steps
     lower = weights.flatten(2) * y
     upper = weights.flatten(2) - lower

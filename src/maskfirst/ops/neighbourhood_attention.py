@@ -47,12 +47,14 @@ def neighbourhood_attention(
     ]
     # One more step, in which nothing is seen.
     bias = F.pad(bias, (0, 1, 0, 1), value=float("-inf"))
-    starts = height * width * torch.arange(len(queries), device=bias.device)[:, None]
+    starts = height * width * torch.arange(queries.shape[0], device=bias.device)[:, None]
     seen, places = [], []
     for down in _tiles(height, kernel, dilation):
         for across in _tiles(width, kernel, dilation):
             biases = _biases(bias, down, across)
-            step = max(1, SCORES // (len(queries) * len(across.keys) * biases.numel()))
+            # A graph has pictures in any number, and so no number of scores.
+            batch = 1 if torch.compiler.is_exporting() else queries.shape[0]
+            step = max(1, SCORES // (batch * len(across.keys) * biases.numel()))
             for first in range(0, len(down.keys), step):
                 part = slice(first, first + step)
                 asked, looked = (
@@ -65,7 +67,7 @@ def neighbourhood_attention(
                 ]
                 query, key, value = (each.transpose(1, 2).contiguous() for each in read)
                 found = _attend(query, key, value, biases)
-                seen.append(found.transpose(1, 2).reshape(len(queries), -1, tables[0].shape[1]))
+                seen.append(found.transpose(1, 2).reshape(queries.shape[0], -1, tables[0].shape[1]))
                 places.append(asked.flatten())
     return _sorted(torch.cat(seen, 1), torch.cat(places), height * width).unflatten(1, (height, width))
 

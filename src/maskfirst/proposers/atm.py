@@ -267,7 +267,7 @@ class ATM(Proposer):
 
     def forward(self, batch: Batch) -> Proposals:
         maps = self.backbone(batch.pixels)
-        tokens = self.queries.weight.expand(len(batch), -1, -1)
+        tokens = self.queries.weight.expand(batch.pixels.shape[0], -1, -1)
         masks: Tensor | None = None
         stages: list[Proposals] = []
         decoders = cast("Iterable[Decoder]", self.decoders)
@@ -328,7 +328,7 @@ class SingleATM(Proposer):
         grid = (maps[-1].shape[-2], maps[-1].shape[-1])
         entered = [entrance(tap) for entrance, tap in zip(self.entrances, reversed(maps), strict=True)]
         memory = torch.stack(entered).sum(0)
-        tokens = self.queries.weight.expand(len(batch), -1, -1)
+        tokens = self.queries.weight.expand(batch.pixels.shape[0], -1, -1)
         guesses = []
         for layers in cast("Iterable[Decoder]", self.decoders):
             guessed = layers.with_similarity(tokens, memory)
@@ -382,11 +382,11 @@ class ShrunkATM(Proposer):
 
     def forward(self, batch: Batch) -> Proposals:
         maps = self.backbone(batch.pixels)
-        places = self.grid_queries.weight.expand(len(batch), -1, -1)
+        places = self.grid_queries.weight.expand(batch.pixels.shape[0], -1, -1)
         for tap, entrance, layers in zip(maps, self.entrances, self.decoders, strict=True):
             places = layers(places, entrance(tap))
         side = self.grid_queries.side
-        tokens = self.queries.weight.expand(len(batch), -1, -1)
+        tokens = self.queries.weight.expand(batch.pixels.shape[0], -1, -1)
         guesses = [
             Proposals(similarity.unflatten(2, (side, side)), queries=tokens)
             for tokens, similarity in self.masks.with_similarity(tokens, places)

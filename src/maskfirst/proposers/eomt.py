@@ -113,7 +113,7 @@ class EoMT(Proposer):
         first = self.trunk.depth - self.blocks
         for index in range(first):
             tokens = self.trunk.block(index, tokens, grid)
-        tokens = torch.cat([self.queries.weight.expand(len(batch), -1, -1), tokens], 1)
+        tokens = torch.cat([self.queries.weight.expand(batch.pixels.shape[0], -1, -1), tokens], 1)
         earlier = []
         for index, chance in enumerate(self.masking, first):
             masked = self.training and chance > 0
@@ -132,10 +132,7 @@ class EoMT(Proposer):
         normed = self.trunk.norm(tokens)
         queries = normed[:, : len(self.queries.weight)]
         maps = self.upscale(normed[:, normed.shape[1] - grid[0] * grid[1] :].unflatten(1, grid))
-        # A linear layer for each picture: faster than the product that torch makes of an einsum over the batch.
-        pairs = zip(maps, self.mask_head(queries), strict=True)
-        masks = torch.stack([F.linear(places, embedded) for places, embedded in pairs]).permute(0, 3, 1, 2)
-        return Proposals(masks, queries=queries)
+        return Proposals(_products(maps, self.mask_head(queries)), queries=queries)
 
     def _mask(
         self, masks: Float[Tensor, "B Q h w"], grid: Size, tokens: int, chance: float
@@ -148,6 +145,15 @@ class EoMT(Proposer):
         mask = torch.ones(count, tokens, tokens, dtype=torch.bool, device=inside.device)
         mask[:, :queries, tokens - places :] = inside
         return mask
+
+
+def _products(maps: Float[Tensor, "B h w D"], embedded: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q h w"]:
+    if torch.compiler.is_compiling():
+        # A graph has pictures in any number.
+        return (embedded @ maps.flatten(1, 2).mT).unflatten(2, maps.shape[1:3])
+    # A linear layer for each picture: faster than the product that torch makes of an einsum over the batch.
+    pairs = zip(maps, embedded, strict=True)
+    return torch.stack([F.linear(places, own) for places, own in pairs]).permute(0, 3, 1, 2)
 
 
 def masking(progress: float, span: Span, power: float) -> float:

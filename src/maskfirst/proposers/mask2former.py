@@ -257,7 +257,7 @@ class Mask2Former(Proposer):
         entered = [entrance(each) for entrance, each in zip(self.entrances, encoded, strict=True)]
         memory = Memory.of(features, entered, self.level_embed)
         layers = cast("Iterable[DecoderLayer]", self.layers)
-        queries = self.queries.expand(len(features), -1, -1)
+        queries = self.queries.expand(features.shape[0], -1, -1)
         return decode(queries, self.positions, memory, layers, self.norm, self.mask_embed, every)
 
 

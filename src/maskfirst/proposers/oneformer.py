@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,9 +45,10 @@ class TaskToken(nn.Module):
         self.rows: Float[Tensor, "T L"]
         self.register_buffer("rows", rows, persistent=False)
 
-    def forward(self, tasks: Sequence[str]) -> Float[Tensor, "B D"]:
+    def forward(self, tasks: Sequence[str] | Int64[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        """`tasks`: by their names, or by their places in TASKS."""
         with torch.autocast(self.rows.device.type, enabled=False):
-            rows = self.rows[self.places(tasks)].float()
+            rows = self.rows[tasks if isinstance(tasks, Tensor) else self.places(tasks)].float()
             hidden = F.linear(rows, self.expand.weight.float(), self.expand.bias.float()).relu()
             return F.linear(hidden, self.contract.weight.float(), self.contract.bias.float())
 
@@ -113,6 +114,8 @@ class OneFormer(Proposer):
         "decoder_feedforward": 16,
     }
 
+    reads_task = True
+
     def __init__(
         self,
         backbone: Backbone,
@@ -159,7 +162,7 @@ class OneFormer(Proposer):
 
     def forward(self, batch: Batch) -> Proposals:
         features, encoded = self.pixel_decoder(self.backbone(batch.pixels))
-        queries = self.begin(features, batch.tasks)
+        queries = self.begin(features, batch.tasks if batch.task_numbers is None else batch.task_numbers)
         layers = cast("Iterable[DecoderLayer]", self.layers)
         memory = Memory.of(features, encoded, self.level_embed)
         every = batch.truth is not None
@@ -167,13 +170,15 @@ class OneFormer(Proposer):
         canvas = (batch.pixels.shape[-2], batch.pixels.shape[-1])
         return replace(guesses(stages, canvas, self.stride), extras={START: queries})
 
-    def begin(self, features: Float[Tensor, "B D h w"], tasks: Sequence[str]) -> Float[Tensor, "B Q D"]:
+    def begin(
+        self, features: Float[Tensor, "B D h w"], tasks: Sequence[str] | Int64[Tensor, " B"]
+    ) -> Float[Tensor, "B Q D"]:
         """The queries before the first layer."""
         token = self.norm(self.task(tasks))[:, None]
         height, width = features.shape[-2:]
         # What is read are the places, and the map only says where to look: the roles are swapped in the original, and all of
         # its weights have been trained so.
-        values = sine_positions((height, width), features.shape[1], features.device).expand(len(features), -1, -1)
+        values = sine_positions((height, width), features.shape[1], features.device).expand(features.shape[0], -1, -1)
         keys = values + self.entrance(features).flatten(2).mT
         positions = self.positions[:-1]
         queries = token.expand(-1, len(positions), -1)

@@ -160,7 +160,7 @@ class UperNet(Proposer):
 
     def merged(self, maps: list[Float[Tensor, "B _c _h _w"]]) -> Float[Tensor, "B D h w"]:
         """All that the maps know, on the grid of the finest."""
-        pooled = (mix(F.adaptive_avg_pool2d(maps[-1], side)) for mix, side in zip(self.pooled, self.pools, strict=True))
+        pooled = (mix(_averaged(maps[-1], side)) for mix, side in zip(self.pooled, self.pools, strict=True))
         levels = [lateral(each) for lateral, each in zip(self.laterals, maps[:-1], strict=True)]
         levels.append(self.bottleneck(maps[-1], *pooled))
         for index in reversed(range(len(levels) - 1)):
@@ -173,6 +173,24 @@ class UperNet(Proposer):
         """Masks of a map's grid without what the backbone has padded a canvas by that its multiple does not divide."""
         height, width = (-(-side // self.backbone.strides[tap]) for side in batch.pixels.shape[-2:])
         return masks[..., :height, :width]
+
+
+def _averaged(maps: Float[Tensor, "B C h w"], side: int) -> Float[Tensor, "B C {side} {side}"]:
+    """A map averaged to a grid of `side` x `side`."""
+    if not torch.compiler.is_exporting():
+        return F.adaptive_avg_pool2d(maps, side)
+    # Exporters know pooling to a grid for maps of one size alone.
+    down, across = (_averaging(length, side, maps) for length in maps.shape[-2:])
+    return down @ maps @ across.T
+
+
+def _averaging(length: int, side: int, like: Tensor) -> Float[Tensor, "{side} length"]:
+    """The share of each place of an axis in each of `side` averages, which overlap where `side` does not divide it."""
+    cells = torch.arange(side, device=like.device)[:, None]
+    places = torch.arange(length, device=like.device)
+    # A cell reaches from floor(cell * length / side) to ceil((cell + 1) * length / side).
+    inside = ((places + 1) * side > cells * length) & (places * side < (cells + 1) * length)
+    return inside / inside.sum(1, keepdim=True).to(like.dtype)
 
 
 def _classifier(width: int, classes: int) -> PixelRows:

@@ -1,0 +1,404 @@
+"""Every proposer, namer and backbone as a graph that is its model; what is not, or no longer, is refused in a line."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import maskfirst.export as verb
+from maskfirst import build, cli, engine, graphs, weights
+from maskfirst.build import MENUS, Experiment
+from maskfirst.contracts import Backbone, Dataset, Namer, Proposer, Trunk
+from maskfirst.data.shapes import Shapes
+from maskfirst.data.vocabulary import from_names
+from maskfirst.errors import UserError
+from maskfirst.export import export
+from maskfirst.frames import Size
+from maskfirst.graphs import Facts, GraphError
+from maskfirst.parity import LEAST_IOU, LEAST_MASKS, Parity, Picture, compare
+from maskfirst.recipe import Recipe, import_class
+from maskfirst.segmenter import Segmenter
+from maskfirst.types import Sample, Segments
+from test_contracts import BACKBONES, NAMES, SIDE, TRUNKS, sample
+
+VIT_P = import_class(MENUS[Namer]["vit_p"]).example
+TAPS = {"kind": "taps", "depths": [0, 1, 2]}
+
+
+def kind(contract: type, name: str, **changes: Any) -> dict[str, Any]:
+    return {**import_class(MENUS[contract][name]).example, **changes}
+
+
+def dense(name: str, **changes: Any) -> dict[str, Any]:
+    """The linear head on a backbone."""
+    return kind(Proposer, "dense", backbone={"kind": name, **BACKBONES[name], **changes})
+
+
+def dense_trunk(trunk: Mapping[str, Any]) -> dict[str, Any]:
+    return kind(Proposer, "dense", backbone={**TAPS, "trunk": dict(trunk)})
+
+
+GIVEN, HEAD = kind(Namer, "given"), kind(Namer, "class_head")
+BEIT = {**TRUNKS["beit"], "depth": 4}
+DINOV3 = {"kind": "vit", "model": "vit_small_patch16_dinov3", "width": 32, "depth": 3, "heads": 2}
+SIMPLE = {"kind": "simple_pyramid", "width": 8, "backbone": {**TAPS, "trunk": DINOV3, "depths": [2]}}
+MODELS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str | None]] = {
+    "atm": (kind(Proposer, "atm"), HEAD, None),
+    "atm_single": (kind(Proposer, "atm_single", read_out="canvas"), HEAD, None),
+    "atm_shrunk": (kind(Proposer, "atm_shrunk"), HEAD, "semantic"),
+    "eomt": (kind(Proposer, "eomt"), HEAD, "instance"),
+    "mask2former": (kind(Proposer, "mask2former", backbone=SIMPLE), HEAD, "panoptic"),
+    "oneformer": (kind(Proposer, "oneformer", backbone=SIMPLE), HEAD, None),
+    "upernet": (kind(Proposer, "upernet", backbone=SIMPLE), GIVEN, "semantic"),
+    "blend": (dense_trunk(TRUNKS["uni_perceiver"]), kind(Namer, "blend", first=GIVEN), None),
+    "vit_p": (kind(Proposer, "oracle"), VIT_P, None),
+    "beit": (dense("deconv_pyramid", backbone={**TAPS, "trunk": BEIT, "depths": [0, 1, 2, 3]}), GIVEN, None),
+    "pyramid": (dense("pyramid"), GIVEN, None),
+    "adapter": (dense("adapter"), GIVEN, None),
+    "internimage": (dense("internimage"), GIVEN, None),
+    "dinat": (dense("dinat"), GIVEN, None),
+    "stem_vit": (dense("stem_vit"), GIVEN, None),
+}  # fmt: skip
+"""Proposer, namer, and the task whose answer its graph gives, too."""
+FIXED = {"dinat", "pyramid"}
+"""Whose networks ask for the size of what they see."""
+
+
+def model(name: str) -> tuple[Segmenter, Recipe]:
+    proposer, namer, _ = MODELS[name]
+    tree = {
+        "size": [SIDE, SIDE],
+        "vocabulary": NAMES,
+        "proposer": proposer,
+        "namer": namer,
+        "criterion": kind_of_loss(),
+    }
+    torch.manual_seed(0)
+    recipe = Recipe(tree, "example.yaml")
+    return Experiment(recipe, from_names(NAMES, things=["car"])).segmenter().eval(), recipe
+
+
+def kind_of_loss() -> dict[str, Any]:
+    return {"kind": "pixel"}
+
+
+def noise(size: Size, truth: bool = False, count: int = 24) -> list[Picture]:
+    samples = [sample(size, seed) for seed in range(count)]
+    return [Picture(each.image, each.key, each.truth if truth else None) for each in samples]
+
+
+def all_kinds(node: Any) -> set[str]:
+    if isinstance(node, Mapping):
+        return {node["kind"]} | set().union(*map(all_kinds, node.values())) if "kind" in node else set()
+    return set()
+
+
+def test_every_kind_is_exported() -> None:
+    seen = set().union(*(all_kinds(part) for proposer, namer, _ in MODELS.values() for part in (proposer, namer)))
+    told = {"oracle", "saved"}
+    for contract in (Proposer, Namer, Backbone, Trunk):
+        assert set(MENUS[contract]) - told <= seen, contract.__name__
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_exported_and_run(name: str, tmp_path: Path) -> None:
+    segmenter, recipe = model(name)
+    answer, out = MODELS[name][2], tmp_path / "model.onnx"
+    size = (SIDE, SIDE) if name in FIXED else (SIDE, 45)
+    found = export(segmenter, recipe, out, noise(size, segmenter.uses_truth), "semantic", answer=answer)
+    assert not found.parity.faults
+    assert found.parity.masks >= LEAST_MASKS
+    assert ("alone" in found.sentence) == (name in FIXED)
+    assert [file.name for file in found.files] == ["model.onnx", *(["model.points.onnx"] if name == "blend" else [])]
+    assert {file.name for file in tmp_path.iterdir()} == {*(file.name for file in found.files), "model.onnx.json"}
+    operators = {node.op_type for file in found.files for node in onnx.load(file).graph.node}
+    assert "GridSample" not in operators
+    # Another size, and more pictures at once than it was traced with.
+    masks, points = graphs.networks(segmenter, answer)
+    network = masks or points
+    assert network is not None
+    multiple = segmenter.proposer.multiple
+    fixed = (SIDE, SIDE) if name in FIXED else (2 * multiple, 3 * multiple)
+    seen = VIT_P["size"] if masks is None else fixed
+    given = [torch.cat([each, each[:1]]) for each in graphs.example(network, (seen[0], seen[1]))]
+    with torch.inference_mode():
+        right = network(*given)
+    made = engine.OnnxRun(out)(dict(zip(network.inputs, given, strict=True)))
+    assert list(made) == list(network.outputs)
+    for one, other in zip(right, made.values(), strict=True):
+        assert one.shape == other.shape
+        if one.is_floating_point():
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+        else:
+            assert (one == other).float().mean() > 0.99
+
+
+def test_a_program_of_torch_export(tmp_path: Path) -> None:
+    segmenter, recipe = model("atm")
+    found = export(segmenter, recipe, tmp_path / "model.pt2", noise((SIDE, 45)), "semantic", size=(SIDE, 48))
+    assert found.sentence.startswith("canvases of 32 x 48 px alone")
+    extra = {"format": "", "vocabulary": "", "recipe": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert extra["format"] == engine.FORMAT
+    assert json.loads(extra["recipe"]) == recipe.tree
+    with pytest.raises(GraphError, match=r"fp16: is for \.onnx files"):
+        export(segmenter, recipe, tmp_path / "model.pt2", [], "semantic", numbers="fp16")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The bundled model, what it sees, and its file."""
+
+    segmenter: Segmenter
+    recipe: Recipe
+    pictures: list[Picture]
+    file: Path
+    found: verb.Export
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    segmenter, recipe = build.load("camvid-small"), weights.read("camvid-small").recipe
+    scenes = Shapes("val", 6, size=(144, 192))
+    pictures = [Picture(scenes[index].image, scenes.keys()[index]) for index in range(len(scenes))]
+    out = tmp_path_factory.mktemp("trained") / "camvid.onnx"
+    found = export(segmenter, recipe, out, pictures, "semantic")
+    return Trained(segmenter, recipe, pictures, out, found)
+
+
+def perturbed(path: Path, to: Path, place: float) -> None:
+    """A copy of a graph with one matrix of weights, at this share of all, pushed by half of its spread."""
+    graph = onnx.load(path)
+    large = [each for each in graph.graph.initializer if each.data_type == TensorProto.FLOAT and len(each.dims) > 1]
+    chosen = large[int(place * (len(large) - 1))]
+    array = numpy_helper.to_array(chosen)
+    push = np.random.default_rng(0).normal(0, 0.5 * array.std(), array.shape).astype(np.float32)
+    chosen.CopyFrom(numpy_helper.from_array(array + push, chosen.name))
+    onnx.save_model(graph, to)
+
+
+def written(trained: Trained, write: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets an export of the bundled model write this in place of what it would trace."""
+    facts = engine.read(trained.file).facts
+    assert facts is not None
+    program = torch.export.ExportedProgram.__new__(torch.export.ExportedProgram)
+    monkeypatch.setattr(verb, "trace_masks", lambda *given: verb.Traced(program, facts, ""))
+    monkeypatch.setattr(verb, "write_onnx", lambda path, *given: write(path))
+
+
+def test_the_bundled_model_is_itself(trained: Trained) -> None:
+    told = json.loads(trained.file.with_name("camvid.onnx.json").read_text())
+    assert told == trained.found.as_json()
+    parity = told["parity"]
+    assert parity["passed"]
+    assert parity["masks"] >= LEAST_MASKS
+    assert parity["least_iou"] >= LEAST_IOU
+    assert 0 < parity["largest_logit_difference"] < 1e-2
+    assert parity["torch_ms"] > 0
+    assert parity["graph_ms"] > 0
+    assert "any size" in told["takes"]
+
+
+@pytest.mark.parametrize("place", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_one_initializer_perturbed_is_seen(trained: Trained, place: float, tmp_path: Path) -> None:
+    perturbed(trained.file, tmp_path / "other.onnx", place)
+    found = compare(trained.segmenter, engine.load(tmp_path / "other.onnx"), trained.pictures, "semantic")
+    assert found.faults
+    assert not found.as_json()["passed"]
+
+
+def test_a_graph_that_is_not_the_model_is_refused(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(trained, lambda path: perturbed(trained.file, path, 0.5), monkeypatch)
+    out = tmp_path / "new" / "model.onnx"
+    with pytest.raises(GraphError, match=r"model\.onnx: not written, as it is not the model: .*IoU below"):
+        export(trained.segmenter, trained.recipe, out, trained.pictures, "semantic")
+    assert [file.name for file in out.parent.iterdir()] == ["model.onnx.json"]
+    assert not json.loads(out.with_name("model.onnx.json").read_text())["parity"]["passed"]
+
+
+def test_too_few_masks_prove_nothing() -> None:
+    few = Parity(pictures=1, ious=[1.0] * 3, scale=1.0)
+    assert "only 3 masks" in few.faults[0]
+    assert "--images" in few.faults[0]
+    assert not Parity(pictures=1, ious=[1.0] * LEAST_MASKS, scale=1.0).faults
+    assert Parity(pictures=1, ious=[1.0] * LEAST_MASKS, scale=1.0, difference=float("nan")).faults
+
+
+def test_windows_scales_and_flips_are_run_around_it(trained: Trained) -> None:
+    graph = engine.load(trained.file)
+    settings = replace(
+        trained.segmenter.inference, window=(96, 96), stride=(64, 64), scales=(1.0, 1.25), flip=True, batch=3
+    )
+    own, other = (
+        Segmenter(each.proposer, each.namer, None, each.vocabulary, settings).eval()
+        for each in (trained.segmenter, graph)
+    )
+    for image in (trained.pictures[0].image, trained.pictures[1].image[:, :101, :77]):
+        one, two = (each.predict(image, augment=True).label_map() for each in (own, other))
+        assert (one == two).float().mean() > 0.999
+
+
+class Own(Dataset):
+    """What the model itself makes of pictures, as truth."""
+
+    def __init__(self, trained: Trained, count: int = 2) -> None:
+        self.vocabulary = trained.segmenter.vocabulary
+        self.samples = []
+        for each in trained.pictures[:count]:
+            answer = trained.segmenter.predict(each.image)
+            ids = torch.full((1, *each.image.shape[1:]), -1, dtype=torch.int32)
+            for number, mask in enumerate(answer.masks):
+                ids[0][mask] = number
+            self.samples.append(Sample(each.image, ids, answer.classes, answer.crowd, each.key))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def keys(self) -> list[str]:
+        return [each.key for each in self.samples]
+
+
+@pytest.mark.parametrize("numbers", ["fp16", "int8"])
+def test_other_numbers_tell_what_they_lose(
+    trained: Trained, numbers: verb.Numbers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(trained, lambda path: path.write_bytes(trained.file.read_bytes()), monkeypatch)
+    out = tmp_path / "small.onnx"
+    found = export(
+        trained.segmenter, trained.recipe, out, trained.pictures, "semantic", numbers=numbers, dataset=Own(trained)
+    )
+    assert found.lost is not None
+    assert found.lost.before == 1.0
+    assert 0.5 < found.lost.after <= 1.0
+    assert "points lost" in str(found.lost)
+    assert out.stat().st_size < 0.95 * trained.file.stat().st_size
+    assert engine.load(out).predict(trained.pictures[0].image).masks.any()
+
+
+def edited(trained: Trained, to: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    graph = onnx.load(trained.file)
+    change(graph)
+    onnx.save_model(graph, to)
+    return to
+
+
+def metadata(**values: str) -> Callable[[onnx.ModelProto], None]:
+    def change(graph: onnx.ModelProto) -> None:
+        told = {each.key: each.value for each in graph.metadata_props}
+        helper.set_model_props(graph, told | values)
+
+    return change
+
+
+def strange(graph: onnx.ModelProto) -> None:
+    graph.graph.node[3].op_type, graph.graph.node[3].domain = "Marvel", "elsewhere"
+    graph.opset_import.append(helper.make_opsetid("elsewhere", 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (strange, "onnxruntime .* cannot run it: .*Marvel"),
+        (metadata(format="other"), "not a graph that 'maskfirst export' of this version made"),
+        (metadata(facts="{}"), "damaged metadata"),
+        (metadata(vocabulary='{"names": 3}'), "damaged metadata"),
+        (metadata(recipe="[]"), "damaged metadata"),
+        (metadata(points="true"), r"camvid\.points\.onnx, and is not beside it|is not beside it"),
+        (metadata(recipe='{"proposer": {"kind": "os:system"}}'), "proposer"),
+    ],
+)
+def test_files_that_are_no_graph_of_ours(
+    trained: Trained, change: Callable[[onnx.ModelProto], None], told: str, tmp_path: Path
+) -> None:
+    path = edited(trained, tmp_path / "other.onnx", change)
+    with pytest.raises(UserError, match=told) as caught:
+        engine.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_no_graph_at_all(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("hello")
+    with pytest.raises(GraphError, match="cannot run it"):
+        engine.load(tmp_path / "text.onnx")
+    with pytest.raises(GraphError, match=r"no graph '.*absent\.onnx'; 'maskfirst export MODEL"):
+        engine.load(tmp_path / "absent.onnx")
+
+
+def told(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr that a command ends with."""
+    monkeypatch.setattr("sys.argv", ["maskfirst", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_mistakes_of_the_command_line_are_one_line(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(trained.file)
+    mistakes = {
+        ("evaluate", file, "--data", "shapes"): "the data has 7 classes, the model 11",
+        ("predict", "camvid-small", "x.png", "--out", "y", "--engine", "onnx"): "camvid-small is no .onnx file",
+        ("predict", file, "x.png", "--out", "y", "--engine", "torch"): "is run by onnxruntime",
+        ("export", "camvid-small", "--out", str(tmp_path / "x.bin"), "--images", str(tmp_path)): "such|no ",
+    }
+    for arguments, wanted in mistakes.items():
+        line = told([*arguments], monkeypatch, capsys)
+        assert re.search(wanted, line), line
+        assert "\n" not in line
+
+
+def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
+    def tree(proposer: str, namer: str) -> Segmenter:
+        parts = {"proposer": kind(Proposer, proposer), "namer": kind(Namer, namer), "criterion": kind_of_loss()}
+        recipe = Recipe({"size": [SIDE, SIDE], "vocabulary": NAMES, **parts}, "example.yaml")
+        return Experiment(recipe, from_names(NAMES)).segmenter()
+
+    empty = Recipe({}, "example.yaml")
+    for (proposer, namer), words in {
+        ("oracle", "given"): "proposer oracle is told the masks",
+        ("saved", "given"): "proposer saved is told the masks",
+        ("dense", "oracle"): "namer oracle is told the truth",
+    }.items():
+        with pytest.raises(GraphError, match=words):
+            export(tree(proposer, namer), empty, tmp_path / "model.onnx", [], "semantic")
+    with pytest.raises(GraphError, match=r"model\.txt: should end in \.onnx"):
+        export(tree("dense", "given"), empty, tmp_path / "model.txt", [], "semantic")
+    with pytest.raises(GraphError, match="--answer: the names of this model come from points"):
+        graphs.networks(model("blend")[0], "semantic")
+
+
+def test_a_graph_of_one_size_takes_no_other() -> None:
+    segmenter, _ = model("atm")
+    facts = Facts(True, False, None, 16, (32, 48))
+    graph = graphs.driven(segmenter, facts, lambda given: {}, None)
+    with pytest.raises(
+        GraphError, match="for canvases of 32 x 48 px, and one of 64 x 48 came; export it with --size 64x48"
+    ):
+        graph.predict(torch.zeros(3, 64, 48, dtype=torch.uint8))
+
+
+def test_masks_are_compared_with_their_class_alone() -> None:
+    from maskfirst.parity import ious
+
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[0, :2], masks[1, :1] = True, True
+    one = Segments(masks, torch.tensor([0, 1, 2]), torch.ones(3), torch.zeros(3, dtype=torch.bool))
+    other = Segments(masks[[1, 0]], torch.tensor([0, 2]), torch.ones(2), torch.zeros(2, dtype=torch.bool))
+    assert ious(one, other) == [0.5, 0.0]
+    assert ious(one, one) == [1.0, 1.0]
