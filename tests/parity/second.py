@@ -341,6 +341,9 @@ def make(folder: Path, name: str, shape: Shape, seed: int) -> None:
     label[0, :, : side // 4] = 255
     label[1][label[1] == 1] = 0
     told: dict[str, Any] = {}
+    # In double precision from here on, so that only what is compared with it has rounded.
+    w, stock = {key: tensor.double() for key, tensor in w.items()}, stock.double()
+    arrays = {key: array.double() for key, array in arrays.items()}
     with torch.no_grad():
         base = arrays[f"img{side}"]
         found = answer(shape, w, base)
@@ -362,7 +365,7 @@ def make(folder: Path, name: str, shape: Shape, seed: int) -> None:
         arrays["tta_argmax"] = arrays["tta_prob"][0].argmax(0).to(torch.uint8)
         known = label[:, 0] != 255
         accuracy = (arrays["pred"].argmax(1) == label[:, 0])[known].float().mean() * 100
-    arrays["empty_weight_rand"] = torch.rand(shape.classes + 1, generator=generator) + 0.1
+    arrays["empty_weight_rand"] = torch.rand(shape.classes + 1, generator=generator).double() + 0.1
     leaves = {key: tensor.requires_grad_() for key, tensor in w.items()}
     guesses = answer(shape, leaves, base).guesses
     for case, weights in (("losses_rand_empty_weight", arrays["empty_weight_rand"]), ("losses", stock)):
@@ -378,7 +381,8 @@ def make(folder: Path, name: str, shape: Shape, seed: int) -> None:
     told["losses_grad_l2"] = {key: float(gradient.norm()) for key, gradient in gradients.items()}
     arrays |= {f"grad:{key}": gradient for key, gradient in gradients.items() if key.endswith("q.weight")}
     arrays["label"] = label.to(torch.uint8)
-    numbers = {key: tensor.detach().numpy() for key, tensor in arrays.items()}
+    rounded = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in arrays.items()}
+    numbers = {key: tensor.detach().numpy() for key, tensor in rounded.items()}
     np.savez(folder / f"{name}.npz", **numbers)  # pyright: ignore[reportArgumentType]
     description = {
         "variant": name,
