@@ -68,7 +68,7 @@ MODELS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str | None]] = 
     "stem_vit": (dense("stem_vit"), GIVEN, None),
 }  # fmt: skip
 """Proposer, namer, and the task whose answer its graph gives, too."""
-FIXED = {"dinat", "pyramid"}
+FIXED = {"dinat"}
 """Whose networks ask for the size of what they see."""
 
 
