@@ -55,7 +55,7 @@ class SwinBlock(nn.Module):
         batch, height, width, channels = maps.shape
         (tall, wide), (down, right) = self.window, self.shift
         # By their counts, so that a graph for maps of any size has simple terms for all that follows.
-        rows, columns = -(-height // tall), -(-width // wide)
+        rows, columns = (height + tall - 1) // tall, (width + wide - 1) // wide
         size = (tall * rows, wide * columns)
         maps = F.pad(maps, (0, 0, 0, size[1] - width, 0, size[0] - height))
         shifted = any(self.shift)
