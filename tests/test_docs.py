@@ -118,7 +118,7 @@ def test_readme(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in main:
         maskfirst_command(command[1:], monkeypatch)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save("street.jpg")
-    assert run_page("README.md", monkeypatch) == 19
+    assert run_page("README.md", monkeypatch) == 16
     assert Path("scenes/panoptic.json").is_file()
     assert Path("out/overlays/street.jpg").is_file()
 
