@@ -324,7 +324,7 @@ def test_a_recipe_inside_of_weights_is_not_trusted(saved: Path, tmp_path: Path) 
     misspelt = with_tree(TREE | {"namer": {"kind": "class_haed"}})
     assert message(build.load, misspelt, kind=RecipeError) == (
         f"{misspelt}: namer: unknown kind 'class_haed'. Did you mean 'class_head'? "
-        "Known: blend, class_head, given, oracle, vit_p."
+        "Known: among, blend, class_head, embeddings, given, oracle, pading, vit_p."
     )
 
 
