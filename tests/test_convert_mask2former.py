@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from fixtures_dir import FIXTURES
+from imagenet import normalised
 from maskfirst import build
 from maskfirst import recipe as recipes
 from maskfirst.build import Experiment
@@ -373,9 +374,8 @@ def test_transformers_model_has_our_numbers(
     model = build.load(str(tmp_path / "out.safetensors"))
     pixels = torch.rand(2, 3, 64, 96) * 255
     frame = Frame((64, 96), (64, 96), (64, 96))
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     with torch.inference_mode():
         proposals, said = model(Batch(pixels, ("panoptic",) * 2, (frame,) * 2, ("",) * 2))
-        expected = theirs(pixel_values=(pixels - mean) / std, pixel_mask=torch.ones(2, 64, 96, dtype=torch.long))
+        expected = theirs(pixel_values=normalised(pixels), pixel_mask=torch.ones(2, 64, 96, dtype=torch.long))
     torch.testing.assert_close(proposals.masks, expected.masks_queries_logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(said.logits, expected.class_queries_logits, atol=1e-4, rtol=1e-4)

@@ -14,6 +14,7 @@ from transformers import DinatConfig, OneFormerConfig, OneFormerForUniversalSegm
 from transformers.models.dinat import modeling_dinat
 
 from fixtures_dir import FIXTURES
+from imagenet import normalised
 from maskfirst import build
 from maskfirst import recipe as recipes
 from maskfirst.build import Experiment
@@ -94,7 +95,6 @@ def test_transformers_model_has_our_numbers(
     assert isinstance(proposer, OneFormer)
     pixels = torch.rand(3, 3, 64, 96) * 255
     frame = Frame((64, 96), (64, 96), (64, 96))
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     ids = proposer.task.rows[proposer.task.places(TASKS)]
     empty = torch.zeros(0)
     nothing = Segments(torch.zeros(0, 64, 96).bool(), empty.long(), empty, empty.bool())
@@ -103,7 +103,7 @@ def test_transformers_model_has_our_numbers(
         rows = torch.randint(1, 49000, (3, 6, 77))
         rows[:, :, 20], rows[:, :, 21:] = 49407, 0
         expected = theirs(
-            pixel_values=(pixels - mean) / std, task_inputs=ids, text_inputs=rows,
+            pixel_values=normalised(pixels), task_inputs=ids, text_inputs=rows,
             pixel_mask=torch.ones(3, 64, 96, dtype=torch.long),
         )  # fmt: skip
         torch.testing.assert_close(proposals.masks, expected.masks_queries_logits, atol=1e-3, rtol=1e-3)
@@ -157,13 +157,12 @@ def test_transformers_model_on_dinat_has_our_numbers(tmp_path: Path, monkeypatch
     assert isinstance(proposer, OneFormer)
     pixels = torch.rand(1, 3, 64, 96) * 255
     frame = Frame((64, 96), (64, 96), (64, 96))
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     rows = torch.zeros(1, 6, 77, dtype=torch.long)
     rows[:, :, 20] = 49407
     with torch.inference_mode():
         proposals, said = model(Batch(pixels, TASKS[:1], (frame,), ("",)))
         expected = theirs(
-            pixel_values=(pixels - mean) / std, task_inputs=proposer.task.rows[proposer.task.places(TASKS[:1])],
+            pixel_values=normalised(pixels), task_inputs=proposer.task.rows[proposer.task.places(TASKS[:1])],
             text_inputs=rows, pixel_mask=torch.ones(1, 64, 96, dtype=torch.long),
         )  # fmt: skip
     torch.testing.assert_close(proposals.masks, expected.masks_queries_logits, atol=1e-3, rtol=1e-3)

@@ -9,30 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from maskfirst.proposers.mask2former import Attention
+from maskfirst.proposers.mask2former import PostNormLayer
 
 Draw = Callable[[Tensor], Tensor]
 """Noise N(0, 1) in the shape of a tensor."""
 
 
-class NoisyLayer(nn.Module):
-    """A post-norm transformer decoder layer; ReLU. Noise comes on top of what a request has found among the primitives.
+class NoisyLayer(PostNormLayer):
+    """Noise comes on top of what a request has found among the primitives.
 
     A request is a sequence of its own, so that it attends to itself alone; that, too, is as published.
     """
-
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
-        super().__init__()
-        self.self_attention = Attention(width, heads, dropout)
-        self.norm1 = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, heads, dropout)
-        self.norm2 = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, feedforward)
-        self.contract = nn.Linear(feedforward, width)
-        self.norm3 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-        for linear in (self.expand, self.contract):
-            nn.init.xavier_uniform_(linear.weight)
 
     def forward(
         self, requests: Float[Tensor, "N D"], primitives: Float[Tensor, "P D"], noise: Float[Tensor, "N D"]
@@ -42,8 +29,7 @@ class NoisyLayer(nn.Module):
         # Requests that attend to the same primitives do not see each other.
         found = self.cross_attention(x[None], primitives[None], primitives[None])[0]
         x = self.norm2(x + self.dropout(found) + noise)
-        hidden = self.dropout(self.expand(x).relu())
-        return self.norm3(x + self.dropout(self.contract(hidden)))
+        return self.fed(x)
 
 
 class Generator(nn.Module):

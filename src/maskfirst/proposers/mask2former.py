@@ -60,20 +60,29 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, seen, dropout).transpose(1, 2).flatten(2))
 
 
-class DecoderLayer(nn.Module):
-    """A post-norm transformer decoder layer that looks at the map first and at the other queries then; ReLU."""
+class PostNormLayer(nn.Module):
+    """What a post-norm transformer decoder layer is made of, ReLU between; its kinds tell what looks at what, and when."""
 
-    def __init__(self, width: int, heads: int, feedforward: int) -> None:
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.cross_attention = Attention(width, heads)
+        self.self_attention = Attention(width, heads, dropout)
         self.norm1 = nn.LayerNorm(width)
-        self.self_attention = Attention(width, heads)
+        self.cross_attention = Attention(width, heads, dropout)
         self.norm2 = nn.LayerNorm(width)
         self.expand = nn.Linear(width, feedforward)
         self.contract = nn.Linear(feedforward, width)
         self.norm3 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
         for linear in (self.expand, self.contract):
             nn.init.xavier_uniform_(linear.weight)
+
+    def fed(self, queries: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """What both attentions have made of the queries, each taken further by itself."""
+        return self.norm3(queries + self.dropout(self.contract(self.dropout(self.expand(queries).relu()))))
+
+
+class DecoderLayer(PostNormLayer):
+    """Looks at the map first, where `seen`, and at the other queries then."""
 
     def forward(
         self,
@@ -86,7 +95,7 @@ class DecoderLayer(nn.Module):
         queries = self.norm1(queries + self.cross_attention(queries + positions, keys, values, seen))
         placed = queries + positions
         queries = self.norm2(queries + self.self_attention(placed, placed, queries))
-        return self.norm3(queries + self.contract(self.expand(queries).relu()))
+        return self.fed(queries)
 
 
 class Memory(NamedTuple):

@@ -16,9 +16,9 @@ from maskfirst.contracts import Backbone, Proposer
 from maskfirst.ops.sine_positions import sine_positions
 from maskfirst.proposers.mask2former import (
     LEVELS,
-    Attention,
     DecoderLayer,
     Memory,
+    PostNormLayer,
     check_maps,
     decode,
     guesses,
@@ -57,21 +57,8 @@ class TaskToken(nn.Module):
         return [TASKS.index(task) for task in tasks]
 
 
-class ClassLayer(nn.Module):
-    """A post-norm transformer decoder layer that looks at the other queries first and at the map then (DETR's); ReLU."""
-
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
-        super().__init__()
-        self.self_attention = Attention(width, heads, dropout)
-        self.norm1 = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, heads, dropout)
-        self.norm2 = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, feedforward)
-        self.contract = nn.Linear(feedforward, width)
-        self.norm3 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-        for linear in (self.expand, self.contract):
-            nn.init.xavier_uniform_(linear.weight)
+class ClassLayer(PostNormLayer):
+    """Looks at the other queries first and at the map then (DETR's)."""
 
     def forward(
         self,
@@ -83,7 +70,7 @@ class ClassLayer(nn.Module):
         placed = queries + positions
         queries = self.norm1(queries + self.dropout(self.self_attention(placed, placed, queries)))
         queries = self.norm2(queries + self.dropout(self.cross_attention(queries + positions, keys, values)))
-        return self.norm3(queries + self.dropout(self.contract(self.dropout(self.expand(queries).relu()))))
+        return self.fed(queries)
 
 
 class OneFormer(Proposer):
