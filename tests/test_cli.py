@@ -278,13 +278,19 @@ def test_check_reports_and_draws(run: Run, demo: Path) -> None:
         labels.write_bytes(kept)
 
 
-def test_recipes_puts_ours_beside_what_was_published(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "names", lambda: ("segvit-vit-l-ade20k", "segvit-vit-b-ade20k", "shapes"))
-    _, published, own = json.loads(run("recipes", "--json").out)
-    assert published["parameters"] == published["published"]["parameters"]
-    assert abs(published["gflops"] - published["published"]["gflops"]) < 0.05
-    assert own["published"] is None
-    assert "ade_51.3.pth" in run("recipes").out
+def test_recipes_are_listed_and_counted(run: Run) -> None:
+    (published,) = json.loads(run("recipes", "segvit-vit-l", "shrunk-ade20k", "--json").out)
+    assert published["name"] == "segvit-vit-l-shrunk-ade20k"
+    assert "parameters" not in published
+    listed = run("recipes").out
+    assert all(each in listed for each in ("ade_51.3.pth", *recipe.names()))
+    (counted,) = json.loads(run("recipes", "segvit-vit-b", "--count", "--json").out)
+    assert counted["parameters"] == counted["published"]["parameters"]
+    assert abs(counted["gflops"] - counted["published"]["gflops"]) < 0.05
+    assert "108.7" in run("recipes", "segvit-vit-b", "--count").out
+    wrong = run("recipes", "segvit", "vit-h")
+    assert wrong.code == 1
+    assert "no recipe's name has segvit, vit-h in it; there are" in wrong.err
 
 
 def write_recipe(text: str) -> str:

@@ -69,25 +69,31 @@ def test_layers_are_themselves_again_after_the_block(convolutions: list[tuple[in
     assert convolutions == []
 
 
+@pytest.mark.parametrize(("scores", "runs"), [(2 * 50 * 50, 3), (8 * 50, 6 * 7)], ids=["two heads", "eight queries"])
 def test_attention_in_bf16_is_attention_without_its_fused_kernel(
-    convolutions: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    convolutions: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, scores: int, runs: int
 ) -> None:
-    monkeypatch.setattr(cpu, "SCORES", 2 * 3 * 50 * 8)  # eight queries at a time, and two in the end
+    monkeypatch.setattr(cpu, "SCORES", scores)
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(2, 3, count, 16, generator=generator) for count in (50, 50, 50)]
     parts = [each.bfloat16() for each in whole]
     expected = F.scaled_dot_product_attention(*whole)
     seen: list[torch.dtype] = []
-    softmax = Tensor.softmax
+    softmax, of_tensor = torch.softmax, Tensor.softmax
 
-    def counted(scores: Tensor, axis: int) -> Tensor:
+    def counted(scores: Tensor, axis: int, *, out: Tensor) -> Tensor:
         seen.append(scores.dtype)
-        return softmax(scores, axis)
+        return softmax(scores, axis, out=out)
 
-    monkeypatch.setattr(Tensor, "softmax", counted)
+    def counted_of_tensor(scores: Tensor, axis: int) -> Tensor:
+        seen.append(scores.dtype)
+        return of_tensor(scores, axis)
+
+    monkeypatch.setattr(torch, "softmax", counted)
+    monkeypatch.setattr(Tensor, "softmax", counted_of_tensor)
     with torch.inference_mode(), cpu.fast_on_cpu():
         found = F.scaled_dot_product_attention(*parts)
-        assert len(seen) == 7
+        assert len(seen) == runs
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
         # What torch's kernel alone can do is left to it.
@@ -95,17 +101,17 @@ def test_attention_in_bf16_is_attention_without_its_fused_kernel(
         F.scaled_dot_product_attention(*parts, torch.ones(50, 50, dtype=torch.bool))
         F.scaled_dot_product_attention(*parts, attn_mask=torch.ones(50, 50, dtype=torch.bool))
         F.scaled_dot_product_attention(*whole)
-        assert len(seen) == 7
+        assert len(seen) == runs
         F.scaled_dot_product_attention(*parts, attn_mask=None, dropout_p=0.0)
-        assert len(seen) == 14
+        assert len(seen) == 2 * runs
     with cpu.fast_on_cpu():
         # To be differentiated, and all at once.
         F.scaled_dot_product_attention(*parts)
-        assert len(seen) == 15
+        assert len(seen) == 2 * runs + 1
         # Too many to be kept.
         monkeypatch.setattr(cpu, "KEPT", 2 * 3 * 50 * 50 - 1)
         F.scaled_dot_product_attention(*parts)
-    assert len(seen) == 15
+    assert len(seen) == 2 * runs + 1
 
 
 def test_attention_in_bf16_learns_as_in_fp32() -> None:

@@ -241,10 +241,10 @@ class Experiment:
         given = {Phase: {"segmenter": segmenter, "settings": self.training()}}
         return self._part({"phase": {"kind": "ordinary"}} | self.recipe.tree, "phase", Phase, given, {})
 
-    def check(self) -> None:
+    def check(self) -> Segmenter:
         """Builds all that needs no data, no GPU and no weights, so that mistakes show first. Costs no memory.
 
-        The data is only looked for where the recipe takes its vocabulary from there.
+        Returns the model without any numbers. The data is only looked for where the recipe takes its vocabulary from there.
         """
         if "train" in self.recipe.tree:
             self.training()
@@ -257,6 +257,7 @@ class Experiment:
         segmenter = self.segmenter(meta=True)
         if "phase" in self.recipe.tree:
             self.phase(segmenter)
+        return segmenter
 
     def _part(
         self,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from maskfirst.errors import UserError, nearest
+from maskfirst.errors import UserError, listed, nearest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -633,41 +633,55 @@ def export(
 
 
 @app.command()
-def recipes(as_json: Json = False) -> None:
+def recipes(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORD]...", help="Those whose names have all of these in them.")
+    ] = None,
+    count: Annotated[
+        bool, typer.Option("--count", help="Count parameters and multiply-adds: a second a recipe, or some.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the bundled recipes: what the originals have published, and ours beside."""
     from dataclasses import asdict
 
     from rich.table import Table
 
     from maskfirst import recipe
-    from maskfirst.cost import recipes_table
+    from maskfirst.cost import counted, row
 
-    rows = []
-    with _bar("counting", True) as advance:
-        for row in recipes_table():
-            rows.append(row)
-            advance(len(rows), len(recipe.names()))
+    rows = [row(name) for name in recipe.names() if all(word in name for word in words or ())]
+    if not rows:
+        raise UserError(f"no recipe's name has {listed(words or ())} in it; there are {len(recipe.names())}")
+    counts = []
+    with _bar("counting", count) as advance:
+        for each in rows if count else ():
+            counts.append(counted(each.name))
+            advance(len(counts), len(rows))
     if as_json:
-        _print_json([asdict(row) for row in rows])
+        told = [asdict(each) for each in counts] if count else [{} for _ in rows]
+        _print_json([asdict(each) | more for each, more in zip(rows, told, strict=True)])
         return
     table = Table(caption="scores, of mIoU with test-time augmentation after the slash; parameters; multiply-adds")
     table.add_column("recipe", no_wrap=True)
     table.add_column("data")
-    for column in ("scores", "ours", "M", "ours", "G", "ours"):
+    for column in ("scores", "ours", "M", "G"):
         table.add_column(column, justify="right")
+    for _ in range(2 * count):
+        table.add_column("ours", justify="right")
     table.add_column("checkpoint")
-    for row in rows:
-        told, own = row.published, row.measured
+    for index, each in enumerate(rows):
+        published, own = each.published, each.measured
+        ours = counts[index] if count else None
         table.add_row(
-            row.name,
-            next((figures.dataset for figures in (told, own) if figures), ""),
-            _scores(told.scores) if told else "",
+            each.name,
+            next((figures.dataset for figures in (published, own) if figures), ""),
+            _scores(published.scores) if published else "",
             _scores(own.scores) if own else "",
-            f"{told.parameters / 1e6:.1f}" if told and told.parameters else "",
-            f"{row.parameters / 1e6:.1f}",
-            f"{told.gflops:.1f}" if told and told.gflops else "",
-            f"{row.gflops:.1f}" if row.gflops else "",
-            _checkpoint(told.checkpoint) if told else "",
+            f"{published.parameters / 1e6:.1f}" if published and published.parameters else "",
+            f"{published.gflops:.1f}" if published and published.gflops else "",
+            *([f"{ours.parameters / 1e6:.1f}", f"{ours.gflops:.1f}" if ours.gflops else ""] if ours else []),
+            _checkpoint(published.checkpoint) if published else "",
         )
     _print(table)
 

@@ -98,33 +98,37 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """A bundled recipe: the original's figures, and ours. `gflops`: 1e9 multiply-adds of one picture of `size` px.
-
-    Both are None for a network that is made for no size in particular.
-    """
+    """A bundled recipe with the original's figures and ours."""
 
     name: str
-    size: Size | None
-    parameters: int
-    gflops: float | None
     published: Published | None
     measured: Measured | None
 
 
-def recipes_table() -> Iterator[Row]:
-    """The bundled recipes by name, each counted as it is asked for: about a second for the largest."""
-    for name in recipes.names():
-        experiment = Experiment(recipes.load(name))
-        segmenter = experiment.segmenter(meta=True)
-        size = experiment.size
-        yield Row(
-            name,
-            size,
-            sum(parameters_by_part(segmenter).values()),
-            None if size is None else multiply_adds(segmenter, size)[0].total() / 1e9,
-            figures(experiment.recipe, "published", Published),
-            figures(experiment.recipe, "measured", Measured),
-        )
+@dataclass(frozen=True)
+class Counted:
+    """What a recipe's model has and does, by the operators that run. `gflops`: 1e9 multiply-adds of one picture of `size` px.
+
+    Both are None for a network that is made for no size in particular.
+    """
+
+    parameters: int
+    size: Size | None
+    gflops: float | None
+
+
+def row(name: str) -> Row:
+    """What a bundled recipe says of itself."""
+    said = recipes.own(name)
+    return Row(name, figures(said, "published", Published), figures(said, "measured", Measured))
+
+
+def counted(name: str) -> Counted:
+    """Of a bundled recipe; takes seconds for the largest."""
+    experiment = Experiment(recipes.load(name))
+    segmenter, size = experiment.segmenter(meta=True), experiment.size
+    gflops = None if size is None else multiply_adds(segmenter, size)[0].total() / 1e9
+    return Counted(sum(parameters_by_part(segmenter).values()), size, gflops)
 
 
 def figures(recipe: recipes.Recipe, key: str, kind: type) -> Any:

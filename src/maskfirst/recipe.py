@@ -64,6 +64,13 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return override(Recipe(_inherited(path, shown, ()), shown), overrides)
 
 
+def own(name: str) -> Recipe:
+    """What no recipe inherits from a bundled one, alone: its sections `published` and `measured`. Takes a moment."""
+    path, shown = _locate(name)
+    tree = _read(path, shown)
+    return Recipe({key: tree[key] for key in OWN if key in tree}, shown)
+
+
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with `overrides`, see `load`. Raises RecipeError."""
     tree = recipe.tree
@@ -393,6 +400,18 @@ def _parse(text: str, shown: str) -> Any:
         raise RecipeError(f"{shown}: not YAML: {' '.join(str(error).split())}.") from error
 
 
+def _read(path: Path, shown: str) -> dict[str, Any]:
+    """What a file says itself."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{shown}: cannot be read as UTF-8 text: {error}.") from error
+    tree = _parse(text, shown)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{shown}: should be a mapping, got {_told(tree)}.")
+    return tree
+
+
 def _locate(source: str | Path, beside: Path | None = None) -> tuple[Path, str]:
     """The file of a recipe, and what errors call it. `beside`: the file that names it as its base."""
     text = str(source)
@@ -418,13 +437,7 @@ def _inherited(path: Path, shown: str, heirs: tuple[Path, ...]) -> dict[str, Any
     if path.resolve() in heirs:
         circle = " -> ".join(file.name for file in chain)
         raise RecipeError(f"{shown}: base: recipes inherit from each other in a circle: {circle}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{shown}: cannot be read as UTF-8 text: {error}.") from error
-    tree = _parse(text, shown)
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{shown}: should be a mapping, got {_told(tree)}.")
+    tree = _read(path, shown)
     base = tree.pop("base", None)
     tree = {key: _with_parts(node, path, shown, key, chain) for key, node in tree.items()}
     if base is None:

@@ -2,7 +2,7 @@
 
 MKL's products use AVX-512 on Intel's processors only. On AMD's, oneDNN does a linear layer in half the time, forward and
 backward, and torch has no switch to take it for fp32. Torch's fused attention is no faster in bf16 than in fp32; plain
-products and a softmax are, some queries at a time, and in training all at once where they are few. Numbers differ by rounding.
+products and a softmax are, some heads at a time, and in training all at once where they are few. Numbers differ by rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -79,17 +79,21 @@ def _convolved(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _attended(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    # Flat and in a row at once: products of many axes would copy keys and values for every run of queries.
     flat = (queries * queries.shape[-1] ** -0.5).flatten(0, -3)
-    keys = keys.flatten(0, -3).transpose(1, 2).contiguous()
-    values = values.flatten(0, -3).contiguous()
+    keys = keys.flatten(0, -3).transpose(1, 2)
+    values = values.flatten(0, -3)
     if torch.is_grad_enabled():
         return torch.bmm(torch.bmm(flat, keys).softmax(-1), values).view(queries.shape)
     found = torch.empty_like(flat)
-    step = max(1, SCORES // (len(flat) * keys.shape[-1]))
-    for first in range(0, flat.shape[1], step):
-        scores = torch.bmm(flat[:, first : first + step], keys)
-        found[:, first : first + step] = torch.bmm(scores.softmax(-1), values)
+    # Whole heads, as many as there is room for; of one that is too large, some queries.
+    count, each = flat.shape[1], keys.shape[-1]
+    heads = max(1, SCORES // (count * each))
+    step = -(-count // -(-count * each // SCORES)) if heads == 1 else count
+    for head in range(0, len(flat), heads):
+        of = slice(head, head + heads)
+        for first in range(0, count, step):
+            scores = torch.bmm(flat[of, first : first + step], keys[of])
+            torch.bmm(torch.softmax(scores, -1, out=scores), values[of], out=found[of, first : first + step])
     return found.view(queries.shape)
 
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from maskfirst.frames import Size
+from maskfirst.ops.runs import at_a_time
 
 SAMPLES = 2**17
 """Read at a time where nothing is kept for a backward pass, which bounds their rows and shares to 4 MiB."""
@@ -38,7 +39,7 @@ def deformable_attention(
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _summed(table, *_neighbours(sizes, places, weights))
     # A run of queries at a time: a large map's rows and shares together are ten times as large as the map.
-    step = max(1, SAMPLES // weights[:, :1].numel())
+    step = at_a_time(SAMPLES // weights[:, :1].numel(), weights)
     runs = zip(places.split(step, 1), weights.split(step, 1), strict=True)
     found = [_summed(table, *_neighbours(sizes, *run)) for run in runs]
     return found[0] if len(found) == 1 else torch.cat(found, 1)

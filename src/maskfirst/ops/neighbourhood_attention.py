@@ -13,6 +13,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskfirst.ops.runs import at_a_time
+
 SIDE = 8
 """Queries along one side of a tile: fewer cost more reading, more cost more scores that no one asked for."""
 SCORES = 2**19
@@ -54,7 +56,7 @@ def neighbourhood_attention(
             biases = _biases(bias, down, across)
             # A graph has pictures in any number, and so no number of scores.
             batch = 1 if torch.compiler.is_exporting() else queries.shape[0]
-            step = max(1, SCORES // (batch * len(across.keys) * biases.numel()))
+            step = at_a_time(SCORES // (batch * len(across.keys) * biases.numel()), queries)
             for first in range(0, len(down.keys), step):
                 part = slice(first, first + step)
                 asked, looked = (
