@@ -71,7 +71,7 @@ def narrow(name: str) -> Recipe:
     smaller = {key: round(fit[key] * factor) for key in ("long", "short")}
     # So that no two scales come to one size.
     smaller["round_up"] = min(fit.get("round_up", 1), 16)
-    windows = {"window": [96, 96], "stride": [64, 64]} if "window" in inference else {}
+    windows = {"window": [112, 112], "stride": [80, 80]} if "window" in inference else {}
     changes = {
         "proposer": {
             **NARROW[proposer["kind"]],

@@ -7,7 +7,7 @@ products and a softmax are, some heads at a time, and in training all at once wh
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ def both_times() -> tuple[AbstractContextManager[object], AbstractContextManager
 class _Fast(TorchFunctionMode):
     """Runs linear layers in fp32 as convolutions of 1 x 1, and attention in bf16 as two products."""
 
+    # It is called for every function and every attribute of a tensor, checks of its shape in the tests among them.
+    @no_type_check
     def __torch_function__(
         self,
         func: Callable[..., Any],
