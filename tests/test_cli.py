@@ -278,6 +278,25 @@ def test_check_reports_and_draws(run: Run, demo: Path) -> None:
         labels.write_bytes(kept)
 
 
+def test_stages_train_one_after_another(run: Run) -> None:
+    Path("second.yaml").write_text("base: shapes\nproposer: {weights: runs/shapes, freeze: true}\n")
+    stages = json.loads(run("train", "shapes", "second.yaml", "--json", *SMALL).out)
+    assert [each["out"] for each in stages] == ["runs/shapes", "runs/second"]
+    first, second = (weights.read(f"runs/{name}.safetensors").tensors for name in ("shapes/best", "second/last"))
+    assert all(torch.equal(first[key], second[key]) for key in first if key.startswith("proposer."))
+    assert any(not torch.equal(first[key], second[key]) for key in first if key.startswith("namer."))
+    for name in ("state.safetensors", "last.safetensors", "best.safetensors"):
+        Path("runs/second", name).unlink(missing_ok=True)
+    before = Path("runs/shapes/last.safetensors").read_bytes()
+    again = run("train", "shapes", "second.yaml", "--resume", *SMALL)
+    assert again.code == 0
+    assert Path("runs/second/last.safetensors").is_file()
+    assert Path("runs/shapes/last.safetensors").read_bytes() == before
+    for option in (("--out", "x"), ("--from", "runs/shapes"), ("--devices", "2")):
+        assert "is for one recipe, and these are 2; train one at a time" in run("train", "shapes", "shapes", *option).err
+    assert "no recipe 'shpes'" in run("train", "shapes", "shpes").err
+
+
 def test_recipes_are_listed_and_counted(run: Run) -> None:
     (published,) = json.loads(run("recipes", "segvit-vit-l", "shrunk-ade20k", "--json").out)
     assert published["name"] == "segvit-vit-l-shrunk-ade20k"
@@ -289,7 +308,7 @@ def test_recipes_are_listed_and_counted(run: Run) -> None:
     assert abs(counted["gflops"] - counted["published"]["gflops"]) < 0.05
     assert "108.7" in run("recipes", "segvit-vit-b", "--count").out
     wrong = run("recipes", "segvit", "vit-h")
-    assert wrong.code == 1
+    assert wrong.code == 2
     assert "no recipe's name has segvit, vit-h in it; there are" in wrong.err
 
 

@@ -25,7 +25,7 @@ from maskfirst.data.coding import Coding, DataError, Merged
 from maskfirst.data.folder import Folder
 from maskfirst.data.images import ImageError, read_image, read_label_map
 from maskfirst.data.pascal_context import PascalContext
-from maskfirst.data.shapes import Shapes, write_demo
+from maskfirst.data.shapes import COLORED, ColoredShapes, Scenes, Shapes, write_demo
 from maskfirst.data.vocabulary import VocabularyError, contrasting, from_names, load, only_things
 from maskfirst.tasks import targets
 from maskfirst.types import TASKS, VOID
@@ -294,6 +294,7 @@ def test_numbers_beyond_sixteen_bits_are_an_error(tmp_path: Path) -> None:
         ("chase_db1", 2, 0, {0: "background", 1: "vessel"}),
         ("camvid", 11, 3, {0: "Sky", 3: "Road", 10: "Bicyclist"}),
         ("shapes", 7, 4, {0: "sky", 6: "star"}),
+        ("colored_shapes", 12, 9, {3: "red circle", 11: "purple triangle"}),
         ("objects365", 365, 365, {0: "Person", 46: "Bicycle", 364: "Table Tennis"}),
     ],
 )
@@ -327,6 +328,7 @@ def test_all_bundled_vocabularies_are_tested() -> None:
         "chase_db1",
         "potsdam",
         "shapes",
+        "colored_shapes",
         "objects365",
     }
 
@@ -810,9 +812,9 @@ def test_scenes_are_the_same_at_every_call_and_differ_between_splits() -> None:
     assert len(pictures) == 12
 
 
-def test_scenes_have_whole_truth() -> None:
-    data = Shapes(length=40)
-    assert len(data) == len(data.keys()) == 40
+@pytest.mark.parametrize("data", [Shapes(length=40), ColoredShapes(length=90)], ids=["shapes", "colored_shapes"])
+def test_scenes_have_whole_truth(data: Scenes) -> None:
+    assert len(data) == len(data.keys())
     several = 0
     for sample in data:
         assert sample.image.shape == (3, 96, 128)
@@ -824,10 +826,25 @@ def test_scenes_have_whole_truth() -> None:
         things = [index for index in sample.classes.tolist() if index in data.vocabulary.things]
         several += len(things) > len(set(things))
     assert several > 5, "things of one class are segments apart"
-    seen = torch.cat([sample.classes for sample in data]).bincount(minlength=7)
+    seen = torch.cat([sample.classes for sample in data]).bincount(minlength=len(data.vocabulary))
     assert (seen >= 10).all(), seen
     with pytest.raises(DataError, match="Did you mean 'train'"):
         Shapes("trian")
+
+
+def test_colored_shapes_have_their_color() -> None:
+    data = ColoredShapes(length=60)
+    assert data.vocabulary.names[3:] == tuple(name for name, _ in COLORED)
+    for sample in data:
+        for index, kind in enumerate(sample.classes.tolist()):
+            inside = sample.image[:, sample.ids[0] == index].float()
+            if kind < 3 or inside.shape[1] < 50:
+                continue
+            red, green, blue = inside.mean(1).tolist()
+            color = data.vocabulary.names[kind].split()[0]
+            assert {"red": red > max(green, blue), "yellow": min(red, green) > blue, "purple": min(red, blue) > green}[
+                color
+            ], (sample.key, color)
 
 
 @pytest.mark.parametrize(

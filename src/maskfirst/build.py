@@ -89,6 +89,7 @@ MENUS: dict[type, dict[str, str]] = {
         "coco_panoptic": "maskfirst.data.coco:COCOPanoptic",
         "coco_stuff_10k": "maskfirst.data.coco_stuff:COCOStuff10K",
         "coco_stuff_164k": "maskfirst.data.coco_stuff:COCOStuff164K",
+        "colored_shapes": "maskfirst.data.shapes:ColoredShapes",
         "mapillary": "maskfirst.data.mapillary:Mapillary",
         "mapillary_cityscapes": "maskfirst.data.mapillary:MapillaryAsCityscapes",
         "mapillary_instance": "maskfirst.data.mapillary:MapillaryInstance",

@@ -162,7 +162,14 @@ Tta = Annotated[bool, typer.Option("--tta", help="Average over the scales and fl
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE...",
+            help="A recipe file, or the name of a bundled recipe. Several are stages: they train one after another, and "
+            "those that have ended are passed over with --resume.",
+        ),
+    ],
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/RECIPE by default.")] = None,
     start_from: Annotated[str | None, typer.Option("--from", help="Weights of which all that fits is loaded.")] = None,
@@ -184,24 +191,31 @@ def train(
     from maskfirst.loggers import LOGGERS
     from maskfirst.train import train
 
-    experiment = _experiment(recipe, [*(changes or []), *([] if batch is None else [f"train.micro={_micro(batch)}"])])
-    folder = out or Path("runs") / experiment.recipe.name
-    result = train(
-        experiment,
-        folder,
-        resume=resume,
-        devices=devices,
-        nodes=nodes,
-        precision=None if precision is None else precision.value,
-        start_from=start_from,
-        loggers=[LOGGERS[place] for place in log or [Log.tensorboard]],
-    )
-    if not _chief():
-        return
-    if as_json:
-        _print_json({"out": str(folder), "steps": result.steps, "best": result.best, "scores": result.scores})
-    else:
-        print(f"best score {result.best:.2%}; weights, curves and pictures are in {folder}")
+    stages = len(recipes) > 1
+    for wanted, option in ((out, "--out"), (start_from, "--from"), (devices > 1 or nodes > 1, "more than one process")):
+        if stages and wanted:
+            raise UserError(f"{option} is for one recipe, and these are {len(recipes)}; train one at a time")
+    told = [*(changes or []), *([] if batch is None else [f"train.micro={_micro(batch)}"])]
+    # All are read before the first one trains, which may take days.
+    experiments = [_experiment(recipe, told) for recipe in recipes]
+    results = []
+    for experiment in experiments:
+        folder = out or Path("runs") / experiment.recipe.name
+        result = train(
+            experiment,
+            folder,
+            resume=resume and (folder.exists() or not stages),
+            devices=devices,
+            nodes=nodes,
+            precision=None if precision is None else precision.value,
+            start_from=start_from,
+            loggers=[LOGGERS[place] for place in log or [Log.tensorboard]],
+        )
+        results.append({"out": str(folder), "steps": result.steps, "best": result.best, "scores": result.scores})
+        if _chief() and not as_json:
+            print(f"best score {result.best:.2%}; weights, curves and pictures are in {folder}")
+    if _chief() and as_json:
+        _print_json(results if stages else results[0])
 
 
 @app.command()

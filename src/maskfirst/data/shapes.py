@@ -1,15 +1,16 @@
 """Procedural scenes of sky, fields and water with shapes standing about: a data set that needs no download.
 
-Every scene is a function of (seed, split, index) alone. Stuff has texture and colours that overlap between classes, shapes
-vary in size, colour, turn and light, and hide each other by depth, each being a segment of its own.
+Every scene is a function of (seed, split, index) and of what shapes look like. Stuff has texture and colours that overlap
+between classes, shapes vary in size, colour, turn and light, and hide each other by depth, each being a segment of its own.
 """
 
 import colorsys
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,30 +27,50 @@ from maskfirst.formats.coco_instances import InstancesWriter
 from maskfirst.formats.coco_panoptic import PanopticWriter
 from maskfirst.frames import Size
 from maskfirst.tasks import targets
-from maskfirst.types import Sample, SegmentMap
+from maskfirst.types import Sample, SegmentMap, Vocabulary
 
 SKY, FIELD, WATER = range(3)
-KINDS = ("circle", "square", "triangle", "star")
 _STREAMS = {"train": "0", "val": "1", "test": "2"}
 """What sets the splits' random numbers apart."""
 _MOST_SHAPES = 7
-_HUES = ((0.88, 1.2), (0.05, 0.37), (0.62, 0.94), (0.75, 1.07))
-"""By kind, in turns of the colour circle, half shared with a neighbour's: colour helps to tell shapes apart, form decides."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What shapes of a class have in common. `hue`: from and to, in turns of the colour circle."""
+
+    form: Literal["circle", "square", "triangle", "star"]
+    hue: tuple[float, float]
+
+
+LOOKS = (
+    Look("circle", (0.88, 1.2)),
+    Look("square", (0.05, 0.37)),
+    Look("triangle", (0.62, 0.94)),
+    Look("star", (0.75, 1.07)),
+)
+"""Half of a colour is shared with a neighbour's: it helps to tell shapes apart, form decides."""
+HUES = {"red": (0.94, 1.02), "yellow": (0.12, 0.19), "purple": (0.74, 0.84)}
+"""That neither fields nor sky nor water have."""
+COLORED = tuple(
+    (f"{color} {form}", Look(form, hue)) for color, hue in HUES.items() for form in ("circle", "square", "triangle")
+)
+"""Name and look of each pair of a colour and a form."""
+
 
 Picture = Float32[np.ndarray, "H W 3"]
 Map = Float32[np.ndarray, "H W"]
 
 
-class Shapes(Dataset):
-    """Scenes made on the fly, the same at every call."""
+class Scenes(Dataset):
+    """Scenes made on the fly, the same at every call. The classes of shapes come after sky, field and water."""
 
     def __init__(
-        self, split: str = "train", length: int = 512, size: tuple[int, int] = (96, 128), seed: int = 0
+        self, words: Vocabulary, looks: Sequence[Look], split: str, length: int, size: Size, seed: int
     ) -> None:
-        """`split`: train, val or test, which share no scene. `size`: (height, width) px. Raises DataError."""
         self.stream = int(choose(split, _STREAMS, "shapes"))
         self.split, self.length, self.size, self.seed = split, length, size, seed
-        self.vocabulary = load("shapes")
+        self.vocabulary, self.looks = words, tuple(looks)
 
     def __len__(self) -> int:
         return self.length
@@ -60,7 +81,8 @@ class Shapes(Dataset):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
-        pixels, ids, classes = _scene(np.random.default_rng((self.seed, self.stream, index)), self.size)
+        random = np.random.default_rng((self.seed, self.stream, index))
+        pixels, ids, classes = _scene(random, self.size, self.looks)
         return Sample(
             torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
             torch.from_numpy(ids)[None],
@@ -68,6 +90,26 @@ class Shapes(Dataset):
             torch.zeros(len(classes), dtype=torch.bool),
             f"{self.split}-{index:05d}",
         )
+
+
+class Shapes(Scenes):
+    """Circles, squares, triangles and stars."""
+
+    def __init__(
+        self, split: str = "train", length: int = 512, size: tuple[int, int] = (96, 128), seed: int = 0
+    ) -> None:
+        """`split`: train, val or test, which share no scene. `size`: (height, width) px. Raises DataError."""
+        super().__init__(load("shapes"), LOOKS, split, length, size, seed)
+
+
+class ColoredShapes(Scenes):
+    """Classes that are a colour and a form each: one that is withheld is put together from others."""
+
+    def __init__(
+        self, split: str = "train", length: int = 512, size: tuple[int, int] = (96, 128), seed: int = 0
+    ) -> None:
+        """As for Shapes."""
+        super().__init__(load("colored_shapes"), [look for _, look in COLORED], split, length, size, seed)
 
 
 def write_demo(folder: Path | str, count: int = 12, size: tuple[int, int] = (192, 256), seed: int = 0) -> list[Path]:
@@ -109,7 +151,7 @@ def write_demo(folder: Path | str, count: int = 12, size: tuple[int, int] = (192
 
 
 def _scene(
-    rng: np.random.Generator, size: Size
+    rng: np.random.Generator, size: Size, looks: Sequence[Look]
 ) -> tuple[UInt8[np.ndarray, "H W 3"], Int32[np.ndarray, "H W"], list[int]]:
     """The pixels, the segment of every pixel, and the segments' classes. Lengths inside are in heights of the picture."""
     y, x = _grid(size)
@@ -127,10 +169,10 @@ def _scene(
         rng.uniform(0.25, 1.0, rng.integers(2, _MOST_SHAPES + 1)).tolist()
     )  # the nearer, the later and the larger
     for foot in feet:
-        kind = int(rng.integers(len(KINDS)))
+        kind = int(rng.integers(len(looks)))
         radius = (0.05 + 0.16 * foot) * math.exp(rng.normal(0, 0.25))
         center = (foot - radius * rng.uniform(-0.2, 1), rng.uniform(0, size[1] / size[0]))
-        _stamp(rng, picture, owner, len(classes), kind, center, radius, light)
+        _stamp(rng, picture, owner, len(classes), looks[kind], center, radius, light)
         classes.append(len((SKY, FIELD, WATER)) + kind)
 
     gain, cast = rng.uniform(0.6, 1.15), rng.uniform(0.92, 1.08, 3)
@@ -146,7 +188,7 @@ def _stamp(
     picture: Picture,
     owner: Int32[np.ndarray, "H W"],
     segment: int,
-    kind: int,
+    look: Look,
     center: tuple[float, float],
     radius: float,
     light: float,
@@ -155,7 +197,7 @@ def _stamp(
     height, width = owner.shape
     top, left = (max(0, int((c - radius) * height)) for c in center)
     bottom, right = (min(n, int((c + radius) * height) + 2) for n, c in zip((height, width), center, strict=True))
-    turn, color = rng.uniform(0, 2 * math.pi), _color(rng, _HUES[kind], (0.35, 1.0), (0.4, 1.0))
+    turn, color = rng.uniform(0, 2 * math.pi), _color(rng, look.hue, (0.35, 1.0), (0.4, 1.0))
     stripes, rim = rng.random() < 0.3, rng.random() < 0.4
     if top >= bottom or left >= right:
         return
@@ -163,7 +205,7 @@ def _stamp(
     y, x = (axis[window] for axis in _grid((height, width)))
     v, u = (y - center[0]) / radius, (x - center[1]) / radius
     across, along = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
-    reach = _reach(KINDS[kind], across, along)
+    reach = _reach(look.form, across, along)
     inside = reach < 1
     shade = 1 + 0.35 * (u * math.cos(light) + v * math.sin(light))
     if stripes:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from maskfirst.contracts import Namer, NoNamesError, PerClass
 from maskfirst.errors import UserError
 from maskfirst.formats import class_vectors
+from maskfirst.ops.runs import has_data
 from maskfirst.types import Batch, Names, Proposals, Vocabulary
 
 TEMPERATURE = 0.07
@@ -81,7 +82,7 @@ class Embeddings(Namer):
             raise NoNamesError(
                 "namer embeddings reads queries, and this proposer gives none; use `given` or a point namer"
             )
-        if self.training and not self.filled:
+        if self.training and not self.filled and has_data(self.vectors.table):
             # Once, as it waits for the device.
             self.filled = bool(self.vectors.table.isfinite().all())
             if not self.filled:
