@@ -173,7 +173,7 @@ def test_trend_of_the_curve() -> None:
 
 def test_scores_say_curve_time_and_hardware(tmp_path: Path) -> None:
     state = State(step=4, curve=[(2, 0.5), (4, 0.25)], scores={"mIoU": 0.25}, seconds=90.0)
-    RunFolder(tmp_path).finish(state, "semantic", "a machine")
+    RunFolder(tmp_path).finish(state, "mIoU", "a machine")
     assert json.loads((tmp_path / "scores.json").read_text()) == {
         "scores": {"mIoU": 0.25},
         "best": {"step": 2, "mIoU": 0.5},

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -285,15 +286,16 @@ def test_stages_train_one_after_another(run: Run) -> None:
     first, second = (weights.read(f"runs/{name}.safetensors").tensors for name in ("shapes/best", "second/last"))
     assert all(torch.equal(first[key], second[key]) for key in first if key.startswith("proposer."))
     assert any(not torch.equal(first[key], second[key]) for key in first if key.startswith("namer."))
-    for name in ("state.safetensors", "last.safetensors", "best.safetensors"):
-        Path("runs/second", name).unlink(missing_ok=True)
+    shutil.rmtree("runs/second")
     before = Path("runs/shapes/last.safetensors").read_bytes()
     again = run("train", "shapes", "second.yaml", "--resume", *SMALL)
     assert again.code == 0
     assert Path("runs/second/last.safetensors").is_file()
     assert Path("runs/shapes/last.safetensors").read_bytes() == before
     for option in (("--out", "x"), ("--from", "runs/shapes"), ("--devices", "2")):
-        assert "is for one recipe, and these are 2; train one at a time" in run("train", "shapes", "shapes", *option).err
+        assert (
+            "is for one recipe, and these are 2; train one at a time" in run("train", "shapes", "shapes", *option).err
+        )
     assert "no recipe 'shpes'" in run("train", "shapes", "shpes").err
 
 

@@ -297,6 +297,31 @@ def test_a_recipe_in_bf16_trains_in_fp32_where_the_processor_cannot_and_says_so(
     assert (tmp_path / "bf16" / "recipe.yaml").read_bytes() == (tmp_path / "told" / "recipe.yaml").read_bytes()
 
 
+def test_the_best_is_chosen_by_what_the_recipe_says(tmp_path: Path) -> None:
+    tree = tiny_parts.recipe(steps=4, evaluate_every=0.5, best="mAcc")
+    result = run(tree, tmp_path / "run")
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["best"]["mAcc"] == result.best
+    assert weights.read(tmp_path / "run").scores["mAcc"] == result.best
+    with pytest.raises(
+        UserError, match=r"train\.best: no mean 'mAc'\. Did you mean '.*'\? There are mIoU, aAcc, mAcc\."
+    ):
+        run(tiny_parts.recipe(best="mAc"), tmp_path / "wrong")
+
+
+def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
+    tree = tiny_parts.recipe(steps=2)
+    tree["proposer"] |= {"norm": True, "freeze": ["norm.*", "blocks.*"]}
+    tree["train"]["seed"] = 3
+    run(tree, tmp_path / "frozen")
+    found = weights.read(tmp_path / "frozen" / "last.safetensors").tensors
+    assert not found["proposer.norm.running_mean"].any()
+    assert found["proposer.norm.num_batches_tracked"] == 0
+    tree["proposer"]["freeze"] = ["blocks.*"]
+    run(tree, tmp_path / "learning")
+    assert weights.read(tmp_path / "learning" / "last.safetensors").tensors["proposer.norm.num_batches_tracked"] == 2
+
+
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     run(tiny_parts.recipe(steps=1), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -26,7 +26,6 @@ from maskfirst.stream import Load
 STATE = "last.state.safetensors"
 RECIPE = "recipe.yaml"
 LOG = "log.jsonl"
-HEADLINE = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
 HARMLESS = frozenset(
     f"train.{key}" for key in ("micro", "workers", "save_steps", "save_seconds", "log_steps", "pictures")
 )
@@ -129,15 +128,18 @@ class RunFolder:
             draw.write_overlay(path, draw.below(*rows))
         return [path] if rows else []
 
-    def finish(self, state: State, task: str, hardware: str) -> None:
-        """`scores.json`: the scores, the validation curve and whether it is flat, the time and the hardware."""
-        step, score = max(state.curve, key=lambda point: point[1])
+    def finish(self, state: State, score: str, hardware: str) -> None:
+        """`scores.json`: the scores, the validation curve and whether it is flat, the time and the hardware.
+
+        `score`: what the best was chosen by.
+        """
+        step, best = max(state.curve, key=lambda point: point[1])
         write_json(
             self.path / "scores.json",
             {
                 "scores": state.scores,
-                "best": {"step": step, HEADLINE[task]: score},
-                "curve": [{"step": step, HEADLINE[task]: score} for step, score in state.curve],
+                "best": {"step": step, score: best},
+                "curve": [{"step": step, score: value} for step, value in state.curve],
                 "trend": trend(state.curve),
                 "steps": state.step,
                 "minutes": round(state.seconds / 60, 2),

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskfirst import finite, rows, tasks
 from maskfirst.contracts import Criterion, Namer, PointNamer, Proposer
@@ -112,6 +113,15 @@ class Segmenter(nn.Module):
     def point_namer(self) -> PointNamer | None:
         """Its namer of points, on its own or in a blend."""
         return next((module for module in self.namer.modules() if isinstance(module, PointNamer)), None)
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """As ever, but that batch norms whose parameters are frozen keep their statistics, too."""
+        super().train(mode)
+        for module in self.modules():
+            parameters = list(module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and parameters and not any(each.requires_grad for each in parameters):
+                module.eval()
+        return self
 
     def forward(self, batch: Batch) -> tuple[Proposals, Names]:
         with fast_on_cpu():

@@ -13,10 +13,11 @@ import torch
 from maskfirst import ranks, weights
 from maskfirst.build import Experiment
 from maskfirst.callback import Callback
-from maskfirst.checkpoint import HEADLINE, RunFolder, State, collect, restore, trend
+from maskfirst.checkpoint import RunFolder, State, collect, restore, trend
 from maskfirst.contracts import Phase
 from maskfirst.data import zero_shot
-from maskfirst.evaluate import evaluate
+from maskfirst.errors import UserError, nearest
+from maskfirst.evaluate import evaluate, measure_of
 from maskfirst.loggers import Factory, Journal, JsonLines, TensorBoard
 from maskfirst.memory import explained, settle_micro
 from maskfirst.metrics.seen import Split
@@ -97,6 +98,14 @@ def train(
         split = Split(frozenset(experiment.unseen)) if experiment.unseen else None
         if split is not None:
             training = zero_shot.Refusing(training, zero_shot.unseen_of(experiment.unseen, training.vocabulary))
+        # What nothing has been seen by still knows the names of its means.
+        means = measure_of(task, segmenter.vocabulary, split=split).metric(segmenter.vocabulary).scores()
+        best = settings.best or means.headline
+        if best not in means.means:
+            raise UserError(
+                f"{experiment.recipe.source}: train.best: no mean '{best}'.{nearest(best, means.means)} There are "
+                f"{', '.join(means.means)}."
+            )
         stream = Stream(training, chain(experiment.augmentations()), settings.seed)
 
         # How many pictures at once, and which parameters no loss reaches: tried out before anything is kept.
@@ -151,7 +160,7 @@ def train(
                         segmenter, validation, task, rank=rank, world=world, gather=ranks.gather,
                         progress=evaluating, worst=0, split=split,
                     )  # fmt: skip
-                    state.record(found.as_json(), found.scores.value)
+                    state.record(found.as_json(), found.scores.means[best])
                     state.unreadable = sorted({told for every in ranks.gather(state.unreadable) for told in every})
                     if chief:
                         folder.keep(state, segmenter, tree)
@@ -160,7 +169,7 @@ def train(
                         journal.write(state.step, numbers, pictures)
                 segmenter.train()
                 save()
-                journal.say(f"step {state.step}: {HEADLINE[task]} {state.curve[-1][1]:.2%}, best {state.best:.2%}")
+                journal.say(f"step {state.step}: {best} {state.curve[-1][1]:.2%}, best {state.best:.2%}")
                 for callback in callbacks:
                     callback.on_evaluation(state, found)
             if state.step == settings.steps:
@@ -204,7 +213,7 @@ def train(
                 leave()
 
         if chief:
-            folder.finish(state, task, ranks.hardware(fabric))
+            folder.finish(state, best, ranks.hardware(fabric))
         journal.say(f"trained {state.step} steps in {state.seconds / 60:.1f} min; {trend(state.curve)}")
         for callback in callbacks:
             callback.on_end(state)

@@ -16,7 +16,8 @@ class Training:
     `batch`: pictures a step, over all processes. `micro`: pictures a process puts through the network at once; fewer than
     its share of the batch are accumulated, "auto" takes as many as fit, None its whole share. `clip`: the largest L2 norm of
     all gradients. `average`: decay of the running average of the weights, which is then what is evaluated and saved.
-    `evaluate_every`: fraction of the training. `save_steps`, `save_seconds`: whichever comes first. `log_steps`: steps
+    `evaluate_every`: fraction of the training. `best`: the mean of an evaluation, such as mIoU_harmonic, by which weights are
+    the best ones; None: the task's own. `save_steps`, `save_seconds`: whichever comes first. `log_steps`: steps
     between lines of the log. `workers`: processes that load data; they change nothing in the result. `pictures`: predictions
     drawn at each evaluation. `compile`: the proposer, by torch.compile.
     """
@@ -31,6 +32,7 @@ class Training:
     precision: Literal["fp32", "bf16"] = "fp32"
     average: float | None = None
     evaluate_every: float = 0.1
+    best: str | None = None
     save_steps: int | None = None
     save_seconds: float = 600.0
     log_steps: int = 10
