@@ -60,6 +60,12 @@ class Quarters(Proposer):
         return Proposals(masks, queries=(told - 0.5) @ self.mix)
 
 
+class OtherQuarters(Quarters):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix *= -1
+
+
 class Tiles(Dataset):
     """Pictures of four tiles, each of a class or of none: its red is the colour, its green the shape, its blue nothing."""
 
@@ -351,6 +357,33 @@ def test_the_classifier_s_rate_stays(vectors: str, tmp_path: Path) -> None:
     generator, classifier = zip(*seen[1:], strict=True)  # the first is of the rehearsal
     assert set(classifier) == {1e-3}
     assert list(generator) == pytest.approx([2e-3 * (1 - step / 6) for step in range(6)])
+
+
+def test_what_is_kept_on_disk_is_not_made_again_and_changes_nothing(vectors: str, tmp_path: Path) -> None:
+    tree = recipe(vectors, phase={"kind": "pading", "cache": str(tmp_path / "cache")}, train__steps=12)
+    tree["data"]["train"]["length"] = 8
+
+    def trained(out: str) -> dict[str, Tensor]:
+        train(Experiment(Recipe(tree, "recipe.yaml")), tmp_path / out, loggers=(), progress=False)
+        return load_file(tmp_path / out / STATE)
+
+    cold = trained("cold")
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(files) == 8
+    assert {key: value.shape for key, value in load_file(files[0]).items()} == {"named": (4,), "queries": (4, WIDTH)}
+    before = [path.stat().st_mtime_ns for path in files]
+    # One that a full disk has cut off is made again.
+    files[0].write_bytes(files[0].read_bytes()[:-3])
+    warm = trained("warm")
+    assert [path.stat().st_mtime_ns for path in files[1:]] == before[1:]
+    assert load_file(files[0])["queries"].shape == (4, WIDTH)
+    assert cold.keys() == warm.keys()
+    for key, value in cold.items():
+        torch.testing.assert_close(value, warm[key], rtol=0, atol=1e-6, msg=key)
+    # Another network has other files.
+    tree["proposer"]["kind"] = f"{__name__}:OtherQuarters"
+    trained("other")
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 16
 
 
 def test_resuming_is_the_same_to_the_bit(vectors: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Classes are indices 0..K-1 into a Vocabulary; VOID marks a pixel without a class
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
 from torch import Tensor
 
 from maskfirst.frames import Frame
+
+Part = TypeVar("Part")
 
 VOID = -1
 TASKS = ("semantic", "instance", "panoptic")
@@ -258,6 +261,26 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def take(self, places: Sequence[int]) -> "Batch":
+        """Some of its pictures, in that order."""
+
+        def of(each: tuple[Part, ...]) -> tuple[Part, ...]:
+            return tuple(each[place] for place in places)
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[list(places)]
+
+        return Batch(
+            self.pixels[list(places)],
+            of(self.tasks),
+            of(self.frames),
+            of(self.keys),
+            None if self.truth is None else of(self.truth),
+            rows(self.points),
+            rows(self.point_classes),
+            rows(self.task_numbers),
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(

@@ -21,6 +21,7 @@ from maskfirst.namers.pading import PADing, SynthesisBranch
 from maskfirst.ops.cpu import fast_on_cpu
 from maskfirst.optim import Optimizer, parameter_groups
 from maskfirst.phase import Trained
+from maskfirst.phases.kept import Kept, digest
 from maskfirst.segmenter import Segmenter
 from maskfirst.training import Training
 from maskfirst.types import Batch, Segments
@@ -63,6 +64,10 @@ class LossWeights:
         return self.structure * getattr(self, kind) / (3 if kind == "align" else 2)
 
 
+Seen = tuple[Float[Tensor, "B Q D"], Int64[Tensor, "B Q"]]
+"""Queries, and what each is called, K for no object."""
+
+
 class Found(NamedTuple):
     """What the frozen network makes of a batch: the queries, what each is called (K for no object), and which are matched."""
 
@@ -92,13 +97,16 @@ class PADingPhase(Phase):
         similarity: Literal["cosine", "euclidean", "dot", "scaled"] = "cosine",
         losses: LossWeights = LossWeights(),
         deviations: Deviations = Deviations(),
+        cache: str | None = None,
     ) -> None:
         """`settings`: the optimizer and the schedule are the generator's. The classifier's is SGD, whose rate stays as it is.
 
         `fakes`: unseen names a step of which the classifier is given one made query each, other ones at every step.
         `unseen_weight`, `no_object`: weights in the classifier's cross-entropy, where seen names have 1. `table`: the names
         among which a made query of a seen one is to be told by its relation. `similarity`: of features, and of classes.
-        Raises UserError where something else is to be trained.
+        `cache`: a folder for what the frozen network makes of each picture, 4 Q D bytes, so that it makes it once. That
+        pays where pictures come again as they were, without random augmentation. The points by which queries are matched are
+        a picture's own then, the same whenever it comes. Raises UserError where something else is to be trained.
         """
         namer, criterion = segmenter.namer, segmenter.criterion
         if not isinstance(namer, PADing):
@@ -118,6 +126,8 @@ class PADingPhase(Phase):
         _check_vectors(namer.synthesis, segmenter)
         self.segmenter, self.namer, self.synthesis, self.criterion = segmenter, namer, namer.synthesis, criterion
         self.fakes, self.table, self.losses, self.deviations = fakes, table, losses, deviations
+        self.kept = None if cache is None else Kept(cache)
+        self._about: str | None = None
         self.similarity = SIMILARITIES[similarity]
         self.class_weights = torch.ones(len(segmenter.vocabulary) + 1)
         self.class_weights[list(self.synthesis.unseen)] = unseen_weight
@@ -153,6 +163,12 @@ class PADingPhase(Phase):
             for segments, task in zip(batch.truth, batch.tasks, strict=True)
         ]
         self._check_labels(truth, batch.keys)
+        queries, named = self._seen(batch, truth) if self.kept is None else self._kept(self.kept, batch, truth)
+        named = named.flatten()
+        return Found(queries.flatten(0, 1), named, (named < len(self.segmenter.vocabulary)).nonzero()[:, 0])
+
+    def _seen(self, batch: Batch, truth: Sequence[Segments], seeds: Sequence[str] | None = None) -> Seen:
+        """What the frozen network makes of pictures, matched by points that follow from `seeds`, one a picture, where given."""
         proposer = self.segmenter.proposer.eval()
         with fast_on_cpu():
             proposals = proposer(batch if proposer.uses_truth else replace(batch, truth=None))
@@ -160,12 +176,43 @@ class PADingPhase(Phase):
             raise UserError("phase pading needs queries with masks that stand alone, such as mask2former's or eomt's")
         queries = proposals.queries.float()
         with torch.autocast(queries.device.type, enabled=False):
-            pairs = self.criterion.match(proposals.masks.float(), self.synthesis.head(queries), truth)
+            masks, logits = proposals.masks.float(), self.synthesis.head(queries)
+            if seeds is None:
+                pairs = self.criterion.match(masks, logits, truth)
+            else:
+                pairs = []
+                for mask, logit, one, seed in zip(masks, logits, truth, seeds, strict=True):
+                    with torch.random.fork_rng([queries.device] if queries.is_cuda else []):
+                        torch.manual_seed(int(seed[:15], 16))
+                        pairs += self.criterion.match(mask[None], logit[None], [one])
         named = torch.full(queries.shape[:2], len(self.segmenter.vocabulary), device=queries.device)
         for row, (places, segments), one in zip(named, pairs, truth, strict=True):
             row[places] = one.classes[segments]
-        named = named.flatten()
-        return Found(queries.flatten(0, 1), named, (named < len(self.segmenter.vocabulary)).nonzero()[:, 0])
+        return queries, named
+
+    def _kept(self, kept: Kept, batch: Batch, truth: Sequence[Segments]) -> Seen:
+        """The same, of which only those pictures are looked at that have not been kept."""
+        if self._about is None:
+            criterion = self.criterion
+            costs = (criterion.points, criterion.name_cost, criterion.mask_cost, criterion.dice_cost)
+            at_rest = {**self.segmenter.proposer.state_dict(), **self.synthesis.head.state_dict(prefix="head.")}
+            self._about = digest(at_rest.values(), *at_rest, costs)
+        names = [
+            digest((pixels, one.masks, one.classes), self._about, task, frame)
+            for pixels, one, task, frame in zip(batch.pixels, truth, batch.tasks, batch.frames, strict=True)
+        ]
+        found = [kept.get(name) for name in names]
+        new = [index for index, each in enumerate(found) if each is None]
+        if new:
+            made = self._seen(batch.take(new), [truth[index] for index in new], [names[index] for index in new])
+            for index, queries, named in zip(new, *made, strict=True):
+                found[index] = {"queries": queries, "named": named}
+                kept.put(names[index], {"queries": queries, "named": named})
+        queries, named = (
+            torch.stack([each[key].to(batch.pixels.device) for each in found if each is not None])
+            for key in ("queries", "named")
+        )
+        return queries, named
 
     def generator_losses(self, found: Found) -> dict[str, Float[Tensor, ""]]:
         """Weighted, by name. They reach all that makes queries, also where nothing is matched."""
