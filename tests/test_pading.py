@@ -1,6 +1,9 @@
 """PADing: what its namer and its phase promise, what they refuse, and what its training leaves as it is."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -384,6 +387,25 @@ def test_what_is_kept_on_disk_is_not_made_again_and_changes_nothing(vectors: str
     tree["proposer"]["kind"] = f"{__name__}:OtherQuarters"
     trained("other")
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 16
+
+
+def test_two_processes_learn_one_generator_and_one_classifier(vectors: str, tmp_path: Path) -> None:
+    """Not to the numbers of one process: losses compare the queries of a process with each other."""
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(vectors)))
+    script = Path(__file__).with_name("tiny_train.py")
+    command = [sys.executable, str(script), str(tmp_path / "recipe.json"), str(tmp_path / "two"), "--devices", "2"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert ended.returncode == 0, ended.stderr
+    model, _ = built(recipe(vectors))
+    learnt = load_file(tmp_path / "two" / STATE)
+    for name, value in model.namer.named_parameters():
+        (found,) = [tensor for key, tensor in learnt.items() if key.endswith(f"namer.{name}")]
+        assert found.isfinite().all()
+        # A request attends to itself alone, by whatever queries and keys.
+        at_rest = name.startswith("synthesis.head.") or ".self_attention.q." in name or ".self_attention.k." in name
+        assert torch.equal(value, found) == at_rest, name
 
 
 def test_resuming_is_the_same_to_the_bit(vectors: str, tmp_path: Path) -> None:
