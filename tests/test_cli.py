@@ -377,6 +377,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "cannot be shared": (lambda _: ["train", "shapes", *SMALL, "-s", "train.batch=0"], r"batch: 0 must be at least 1"),
     "a size": (lambda _: ["show", "shapes", "--size", "big"], r"--size big: should look like 512x768"),
     "a batch": (lambda _: ["train", "shapes", "--batch", "aut"], r"--batch aut: .*Did you mean 'auto'\?"),
+    "points and masks": (
+        lambda run: ["predict", run, picture(), "--points", "p.csv", "--masks", "m.json", "--out", "o"],
+        r"--points names places, and --masks is about masks; give one of them",
+    ),
     "a file for a folder": (lambda run: ["predict", run, "a.png", "--out", picture()], r"a\.png"),
 }
 

@@ -252,12 +252,12 @@ def others(demo: Path) -> Path:
 
 def test_predict_names_the_masks_of_a_file(run: Run, pointed: Path, demo: Path) -> None:
     before = json.loads(others(demo).read_text())
-    ended = run(
-        "predict", pointed, demo / "images/val", "--masks", others(demo), "--task", "instance", "--out", "out",
-        "--least-score", "0",
-    )  # fmt: skip
+    ended = run("predict", pointed, demo / "images/val", "--masks", others(demo), "--task", "instance", "--out", "out")
     assert ended.code == 0
     after = json.loads(Path("out/instances.json").read_text())
+    # All of them are shown, also those whose names are not sure.
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert sum(len(each["segments"]) for each in summary["images"]) == len(after["annotations"])
     masks = [{json.dumps(each["segmentation"]) for each in told["annotations"]} for told in (before, after)]
     assert len(masks[0]) > 3
     assert masks[0] == masks[1]

@@ -426,9 +426,13 @@ def predict(
     ] = None,
     yolo: Annotated[bool, typer.Option("--yolo", help="Write instances as YOLO's polygons, too.")] = False,
     least_score: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Of instances in overlays, the summary and YOLO's files; COCO's has all."),
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Of instances in overlays, the summary and YOLO's files; COCO's has all. 0.5 by default, with --masks 0.",
+        ),
+    ] = None,
     masks: Masks = None,
     namer: Annotated[
         str | None, typer.Option(metavar="WEIGHTS", help="Blend in names by the points of these weights.")
@@ -457,9 +461,13 @@ def predict(
     """Segment pictures: label maps or COCO's files, overlays with a legend, and the share of every class."""
     import torch
 
+    from maskfirst.draw import SURE
     from maskfirst.predict import predict_files
     from maskfirst.predict_points import predict_points
 
+    for wanted, option in ((masks, "--masks"), (namer, "--namer")):
+        if points is not None and wanted is not None:
+            raise UserError(f"--points names places, and {option} is about masks; give one of them")
     chosen, paths = _weights_and_paths(arguments, weights)
     # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -490,7 +498,7 @@ def predict(
             resume=resume,
             augment=tta,
             progress=advance,
-            least_score=least_score,
+            least_score=(SURE if masks is None else 0.0) if least_score is None else least_score,
             yolo=yolo,
         )
     if as_json:
