@@ -136,9 +136,16 @@ def by_groups(
     """The command line of a bench whose figures come in groups, `--only` some of them: runs `measure`, writes its JSON."""
     parser = options(description, repeats)
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, help="which groups of figures")
-    arguments = parser.parse_args()
-    clock = settle(arguments)
-    found = measure(arguments.only, arguments.repeats, clock)
+    _written(parser.parse_args(), lambda given, clock: measure(given.only, given.repeats, clock))
+
+
+def at_once(description: str | None, repeats: int, measure: Callable[[int, Clock], dict[str, Any]]) -> None:
+    """The command line of a bench that has no groups: runs `measure`, writes its JSON."""
+    _written(options(description, repeats).parse_args(), lambda given, clock: measure(given.repeats, clock))
+
+
+def _written(arguments: argparse.Namespace, measure: Callable[[argparse.Namespace, Clock], dict[str, Any]]) -> None:
+    found = measure(arguments, settle(arguments))
     if arguments.out is not None:
         write_json(arguments.out, found)
 

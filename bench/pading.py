@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from bench.measure import Check, Clock, as_json, hardware, interleaved, options, settle
+from bench.measure import Check, Clock, as_json, at_once, hardware, interleaved
 from maskfirst import recipe
 from maskfirst.build import Experiment
-from maskfirst.files import write_json
 from maskfirst.frames import Frame
 from maskfirst.phases.pading import PADingPhase
 from maskfirst.segmenter import Segmenter
@@ -93,11 +92,7 @@ def measure(repeats: int, clock: Clock) -> dict[str, Any]:
 
 def main() -> None:
     """Reads the command line."""
-    arguments = options(__doc__, repeats=5).parse_args()
-    clock = settle(arguments)
-    found = measure(arguments.repeats, clock)
-    if arguments.out is not None:
-        write_json(arguments.out, found)
+    at_once(__doc__, 5, measure)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from bench.adapter import bare
-from bench.measure import Check, Clock, as_json, hardware, inference, interleaved, options, settle
+from bench.measure import Check, Clock, as_json, at_once, hardware, inference, interleaved
 from maskfirst.build import Experiment
-from maskfirst.files import write_json
 from maskfirst.frames import Frame
 from maskfirst.namers.vit_p import ViTP
 from maskfirst.ops.cpu import fast_on_cpu
@@ -114,11 +113,7 @@ def measure(repeats: int, clock: Clock) -> dict[str, Any]:
 
 def main() -> None:
     """Reads the command line."""
-    arguments = options(__doc__, repeats=7).parse_args()
-    clock = settle(arguments)
-    found = measure(arguments.repeats, clock)
-    if arguments.out is not None:
-        write_json(arguments.out, found)
+    at_once(__doc__, 7, measure)
 
 
 if __name__ == "__main__":
