@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from maskfirst.types import Sample, SegmentMap, Vocabulary
 SKY, FIELD, WATER = range(3)
 _STREAMS = {"train": "0", "val": "1", "test": "2"}
 """What sets the splits' random numbers apart."""
-_MOST_SHAPES = 7
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,13 @@ Map = Float32[np.ndarray, "H W"]
 
 
 class Scenes(Dataset):
-    """Scenes made on the fly, the same at every call. The classes of shapes come after sky, field and water."""
+    """Scenes made on the fly, the same at every call. The classes of shapes come after sky, field and water.
+
+    `most`: shapes a scene. `scale`: how large they are.
+    """
+
+    most: ClassVar[int] = 7
+    scale: ClassVar[float] = 1.0
 
     def __init__(
         self, words: Vocabulary, looks: Sequence[Look], split: str, length: int, size: Size, seed: int
@@ -82,7 +87,7 @@ class Scenes(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         random = np.random.default_rng((self.seed, self.stream, index))
-        pixels, ids, classes = _scene(random, self.size, self.looks)
+        pixels, ids, classes = _scene(random, self.size, self.looks, self.most, self.scale)
         return Sample(
             torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
             torch.from_numpy(ids)[None],
@@ -103,7 +108,13 @@ class Shapes(Scenes):
 
 
 class ColoredShapes(Scenes):
-    """Classes that are a colour and a form each: one that is withheld is put together from others."""
+    """Classes that are a colour and a form each: one that is withheld is put together from others.
+
+    Shapes are fewer and larger, so that forms are soon told apart.
+    """
+
+    most = 4
+    scale = 1.8
 
     def __init__(
         self, split: str = "train", length: int = 512, size: tuple[int, int] = (96, 128), seed: int = 0
@@ -151,7 +162,7 @@ def write_demo(folder: Path | str, count: int = 12, size: tuple[int, int] = (192
 
 
 def _scene(
-    rng: np.random.Generator, size: Size, looks: Sequence[Look]
+    rng: np.random.Generator, size: Size, looks: Sequence[Look], most: int, scale: float
 ) -> tuple[UInt8[np.ndarray, "H W 3"], Int32[np.ndarray, "H W"], list[int]]:
     """The pixels, the segment of every pixel, and the segments' classes. Lengths inside are in heights of the picture."""
     y, x = _grid(size)
@@ -165,12 +176,10 @@ def _scene(
 
     light = rng.uniform(0, 2 * math.pi)
     classes = [SKY, FIELD, WATER]
-    feet = sorted(
-        rng.uniform(0.25, 1.0, rng.integers(2, _MOST_SHAPES + 1)).tolist()
-    )  # the nearer, the later and the larger
+    feet = sorted(rng.uniform(0.25, 1.0, rng.integers(2, most + 1)).tolist())  # the nearer, the later and the larger
     for foot in feet:
         kind = int(rng.integers(len(looks)))
-        radius = (0.05 + 0.16 * foot) * math.exp(rng.normal(0, 0.25))
+        radius = scale * (0.05 + 0.16 * foot) * math.exp(rng.normal(0, 0.25))
         center = (foot - radius * rng.uniform(-0.2, 1), rng.uniform(0, size[1] / size[0]))
         _stamp(rng, picture, owner, len(classes), looks[kind], center, radius, light)
         classes.append(len((SKY, FIELD, WATER)) + kind)

@@ -39,7 +39,9 @@ class Embeddings(Namer):
     Whether it is an object is told by a layer of its own, from the query.
     `width`: D of the proposer's queries. `vectors`: a file of class vectors, a bundled table, or the vectors themselves by
     name; they are kept with the weights. `length`: numbers a vector. `unseen`: names without a label in training, by default
-    the recipe's: as long as it trains they are not among the answers, or it would learn that they never are.
+    the recipe's: as long as it trains they are not among the answers, or it would learn that they never are. `calibration`:
+    what their logits are raised by when it is asked, as names that were trained for win too often (Chao et al., "An Empirical
+    Study and Analysis of Generalized Zero-Shot Learning for Object Recognition in the Wild", ECCV 2016).
     """
 
     example: ClassVar[Mapping[str, Any]] = {
@@ -55,6 +57,7 @@ class Embeddings(Namer):
         length: int,
         vectors: str | dict[str, list[float]] | None = None,
         unseen: Sequence[str] = (),
+        calibration: float = 0.0,
     ) -> None:
         """Raises FormatError, which names classes without a vector, and UserError for another length."""
         super().__init__()
@@ -75,6 +78,7 @@ class Embeddings(Namer):
         self.hidden: Tensor
         self.register_buffer("hidden", torch.tensor([name in unseen for name in names]), persistent=False)
         self.filled = False
+        self.calibration = calibration
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         """Raises UserError in training without vectors."""
@@ -92,6 +96,6 @@ class Embeddings(Namer):
         with torch.autocast(proposals.queries.device.type, enabled=False):
             queries = F.normalize(self.project(proposals.queries.float()), dim=-1)
             logits = queries @ F.normalize(self.vectors.table, dim=-1).T * self.log_scale.exp()
-        if self.training:
-            logits = logits.masked_fill(self.hidden, float("-inf"))
+        raised = float("-inf") if self.training else self.calibration
+        logits = torch.where(self.hidden, logits + raised, logits)
         return Names(torch.cat([logits, self.no_object(proposals.queries).to(logits.dtype)], -1))
