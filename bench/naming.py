@@ -98,7 +98,7 @@ def sweep(
         labels = truth_labels(sample, stage.vocabulary)
         for model, matrix in found.values():
             truth = sample.truth if model.uses_truth else None
-            matrix.update(labels, model.predict(sample.image, truth=truth, key=sample.key).label_map())
+            matrix.update(labels, model.segment(sample.image, truth=truth, key=sample.key).label_map())
     scores = {key: matrix.scores().value for key, (_, matrix) in found.items()}
     first = {name: scores.pop((name, 0.0)) for name in ("own", "oracle")}
     told = {name: {"0": first["own"]} for name in namers}
@@ -118,7 +118,7 @@ def true_masks(namers: Mapping[str, ViTP], pictures: Dataset) -> dict[str, dict[
         right = count = 0
         for index in track(range(len(pictures)), f"true masks, {name}"):
             sample = pictures[index]
-            answer = model.predict(sample.image, truth=sample.truth, key=sample.key)
+            answer = model.segment(sample.image, truth=sample.truth, key=sample.key)
             assert once.last is not None
             guess = once.last[1].logits[0].argmax(1)
             classes = tasks.targets(sample.truth, words, "semantic").classes

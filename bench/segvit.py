@@ -122,16 +122,16 @@ def sliding() -> Callable[[], object]:
     """The labels of a picture of 1024 x 2048 px by 18 windows of 512 px, two thirds apart."""
     fit = "inference.fit={long: null, short: null, least: null}"
     model, image = segmenter(fit).eval(), picture(STREET)
-    return lambda: model.predict(image)
+    return lambda: model.segment(image)
 
 
 def agreement(model: Segmenter, images: Sequence[Tensor]) -> float:
     """Share of pixels on which bf16 gives the class that fp32 gives."""
     same = []
     for image in images:
-        exact = model.predict(image).label_map()
+        exact = model.segment(image).label_map()
         with torch.autocast("cpu", torch.bfloat16):
-            same.append((model.predict(image).label_map() == exact).float().mean().item())
+            same.append((model.segment(image).label_map() == exact).float().mean().item())
     return statistics.mean(same)
 
 
@@ -147,7 +147,7 @@ def files(model: Segmenter, images: Sequence[Tensor], repeats: int) -> float:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(inputs / f"{index:03d}.jpg", quality=92)
         shares = []
         for index in range(repeats + 1):
-            bare = _seconds(lambda: [model.predict(image) for image in images])
+            bare = _seconds(lambda: [model.segment(image) for image in images])
             out = Path(folder, f"out{index}")
             whole = _seconds(lambda out=out: predict_files(model, [inputs], out))
             shares.append(bare / whole)

@@ -134,7 +134,7 @@ def test_the_matrix_has_what_each_pairing_scores_alone(trained: Path, model: Seg
         },
     }
     with pytest.raises(NoNamesError):
-        Segmenter(OracleProposer(own.vocabulary), own.namer, None, own.vocabulary, own.inference).predict(
+        Segmenter(OracleProposer(own.vocabulary), own.namer, None, own.vocabulary, own.inference).segment(
             IMAGE, truth=dataset[0].truth
         )
 
@@ -357,7 +357,7 @@ def test_true_names_leave_to_the_model_which_masks_are_objects(trained: Path) ->
     named: list[torch.Tensor] = []
     for model in (own, compose.with_true_names(own)):
         hook = model.namer.register_forward_hook(lambda module, given, made: named.append(made.void))
-        model.predict(seen.image, truth=seen.truth)
+        model.segment(seen.image, truth=seen.truth)
         hook.remove()
     torch.testing.assert_close(named[0], named[1])
     assert compose.with_true_names(own).uses_truth

@@ -154,7 +154,7 @@ def test_answers_are_home_sized(
 ) -> None:
     model = segmenter(*trio).eval()
     seen = saved(sample(size))
-    answer = model.predict(seen.image, truth=seen.truth if model.uses_truth else None, key=seen.key)
+    answer = model.segment(seen.image, truth=seen.truth if model.uses_truth else None, key=seen.key)
     assert answer.masks.shape[-2:] == size
     assert (answer.masks.sum(0) <= 1).all(), "semantic segments overlap"
     assert len(set(answer.classes.tolist())) == len(answer)
@@ -182,10 +182,10 @@ def test_tasks_are_done_or_refused_in_a_sentence(
     seen = saved(sample((SIDE, SIDE)))
     truth = seen.truth if model.uses_truth else None
     if task in model.proposer.tasks:
-        assert model.predict(seen.image, task, truth=truth, key=seen.key).masks.shape[-2:] == (SIDE, SIDE)
+        assert model.segment(seen.image, task, truth=truth, key=seen.key).masks.shape[-2:] == (SIDE, SIDE)
     else:
         with pytest.raises(UserError, match=f"cannot do the {task} task, only: "):
-            model.predict(seen.image, task, truth=truth)
+            model.segment(seen.image, task, truth=truth)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -198,12 +198,12 @@ def test_points_name_the_masks_of_every_proposer(
     seen = saved(sample((SIDE, SIDE)))
     if task not in model.proposer.tasks:
         with pytest.raises(UserError, match="cannot do the"):
-            with_names(model, points).predict(seen.image, task, key=seen.key)
+            with_names(model, points).segment(seen.image, task, key=seen.key)
         return
     truth = seen.truth if model.uses_truth else None
-    before = model.predict(seen.image, task, truth=truth, key=seen.key)
+    before = model.segment(seen.image, task, truth=truth, key=seen.key)
     same, blended = (
-        with_names(model, points, weight).predict(seen.image, task, truth=truth, key=seen.key) for weight in (0.0, 0.4)
+        with_names(model, points, weight).segment(seen.image, task, truth=truth, key=seen.key) for weight in (0.0, 0.4)
     )
     for name in ("masks", "classes", "scores"):
         assert torch.equal(getattr(same, name), getattr(before, name))
@@ -215,7 +215,7 @@ def test_points_name_the_masks_of_every_proposer(
 def test_the_truth_named_by_the_truth_is_the_truth(size: tuple[int, int]) -> None:
     model = segmenter("oracle", "oracle", "pixel").eval()
     seen = sample(size)
-    answer = model.predict(seen.image, truth=seen.truth)
+    answer = model.segment(seen.image, truth=seen.truth)
     known = seen.truth.label_map() != VOID
     assert torch.equal(answer.label_map()[known], seen.truth.label_map()[known])
 

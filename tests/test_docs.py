@@ -23,6 +23,8 @@ import test_contracts
 from maskfirst import cli, recipe
 from maskfirst.build import KEYS, MENUS, Experiment
 from maskfirst.contracts import Dataset, Namer, Phase, Proposer
+from maskfirst.data.images import read_image
+from maskfirst.data.shapes import write_demo
 from maskfirst.frames import Fit
 from maskfirst.namers.pading import Synthesis
 from maskfirst.optim import Group, Optimizer, Schedule
@@ -191,6 +193,17 @@ def test_a_data_set_is_one_file_and_one_line(scratch: Path, monkeypatch: pytest.
 
 def test_data_sets(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_page("docs/datasets.md", monkeypatch) == 3
+
+
+def test_python(scratch: Path) -> None:
+    """The page's blocks are one program, as a notebook's cells are."""
+    write_demo("demo")
+    names: dict[str, Any] = {}
+    for block in blocks("docs/python.md"):
+        exec(compile(block.text, "docs/python.md", "exec"), names)
+    assert names["skipped"] == []
+    assert read_image("found.jpg").shape[2] == 256
+    assert read_image("labels.png").shape == (3, 192, 256)
 
 
 def test_zero_shot(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:

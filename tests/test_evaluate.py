@@ -84,7 +84,7 @@ class Reader(Threshold):
         super().__init__()
         self.vocabulary, self.uses_truth, self.found = dataset.vocabulary, True, found
 
-    def predict(
+    def segment(
         self,
         image: UInt8[Tensor, "3 H W"],
         task: str = "semantic",
@@ -130,7 +130,7 @@ def test_scores_are_those_of_one_matrix_over_all_pictures():
     dataset, matrix = Noise(), ConfusionMatrix(VOCABULARY)
     for index in range(len(dataset)):
         sample = dataset[index]
-        matrix.update(sample.truth.label_map(), Threshold().predict(sample.image).label_map())
+        matrix.update(sample.truth.label_map(), Threshold().segment(sample.image).label_map())
     result = evaluate(Threshold(), dataset)
     expected = matrix.scores()
     assert json.dumps(result.scores.content) == json.dumps(expected.content)

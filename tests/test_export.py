@@ -213,7 +213,7 @@ def test_windows_scales_and_flips_are_run_around_it(trained: Trained) -> None:
         for each in (trained.segmenter, graph)
     )
     for image in (trained.pictures[0].image, trained.pictures[1].image[:, :101, :77]):
-        one, two = (each.predict(image, augment=True).label_map() for each in (own, other))
+        one, two = (each.segment(image, augment=True).label_map() for each in (own, other))
         assert (one == two).float().mean() > 0.999
 
 
@@ -224,7 +224,7 @@ class Own(Dataset):
         self.vocabulary = trained.segmenter.vocabulary
         self.samples = []
         for each in trained.pictures[:count]:
-            answer = trained.segmenter.predict(each.image)
+            answer = trained.segmenter.segment(each.image)
             ids = torch.full((1, *each.image.shape[1:]), -1, dtype=torch.int32)
             for number, mask in enumerate(answer.masks):
                 ids[0][mask] = number
@@ -254,7 +254,7 @@ def test_other_numbers_tell_what_they_lose(
     assert 0.5 < found.lost.after <= 1.0
     assert "points lost" in str(found.lost)
     assert out.stat().st_size < 0.95 * trained.file.stat().st_size
-    assert engine.load(out).predict(trained.pictures[0].image).masks.any()
+    assert engine.load(out).segment(trained.pictures[0].image).masks.any()
 
 
 def edited(trained: Trained, to: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
@@ -359,7 +359,7 @@ def test_a_graph_of_one_size_takes_no_other() -> None:
     with pytest.raises(
         GraphError, match="for canvases of 32 x 48 px, and one of 64 x 48 came; export it with --size 64x48"
     ):
-        graph.predict(torch.zeros(3, 64, 48, dtype=torch.uint8))
+        graph.segment(torch.zeros(3, 64, 48, dtype=torch.uint8))
 
 
 def test_masks_are_compared_with_their_class_alone() -> None:

@@ -13,7 +13,7 @@ import maskfirst
 
 ROOT = Path(maskfirst.__file__).parent
 FLOORS = (
-    {"errors", "files"},
+    {"errors", "files", "ahead"},
     {"frames"},
     {"types"},
     {"contracts"},
@@ -30,6 +30,7 @@ FLOORS = (
         "namers",
         "data",
         "formats",
+        "prediction",
     },
     {"optim", "training", "ranks", "loggers", "stream", "memory", "sync_norm"},
     {"segmenter"},

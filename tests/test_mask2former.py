@@ -225,7 +225,7 @@ def test_it_finds_masks_on_plain_trunks(backbone: Mapping[str, Any]) -> None:
     model = segmenter(backbone=backbone).train()
     torch.stack(list(model.losses(batch()).values())).sum().backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert model.eval().predict(torch.zeros(3, 40, 50, dtype=torch.uint8), "panoptic").masks.shape[-2:] == (40, 50)
+    assert model.eval().segment(torch.zeros(3, 40, 50, dtype=torch.uint8), "panoptic").masks.shape[-2:] == (40, 50)
 
 
 def test_heads_must_divide_the_width() -> None:

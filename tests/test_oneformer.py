@@ -97,7 +97,7 @@ def test_texts_change_no_answer_and_weights_may_lack_them() -> None:
     assert set(told.state_dict()) - set(extra) == set(bare.state_dict())
     bare.load_state_dict({key: value for key, value in told.state_dict().items() if key not in extra})
     for task in TASKS:
-        one, other = (model.predict(sample().image, task) for model in (bare, told))
+        one, other = (model.segment(sample().image, task) for model in (bare, told))
         assert torch.equal(one.masks, other.masks)
         assert torch.equal(one.scores, other.scores)
 
@@ -159,7 +159,7 @@ def test_token_files_that_are_missing_or_another_s_are_refused(tmp_path: Path, m
     with pytest.raises(UserError, match=r"pip install 'maskfirst\[text\]'"):
         segmenter(texts=TEXTS).losses(collate([sample()], "panoptic"))
     # Answers need none.
-    assert len(segmenter(texts=TEXTS).eval().predict(sample().image, "semantic"))
+    assert len(segmenter(texts=TEXTS).eval().segment(sample().image, "semantic"))
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_at_test_time_it_is_a_linear_layer_alone(vectors: str) -> None:
     assert isinstance(model.namer, PADing)
     bare.namer.get_submodule("linear").load_state_dict(model.namer.linear.state_dict())
     image = Tiles()[0].image
-    assert torch.equal(model.eval().predict(image).masks, bare.eval().predict(image).masks)
+    assert torch.equal(model.eval().segment(image).masks, bare.eval().segment(image).masks)
     parts = parameters_by_part(model)
     assert parts["namer"] == sum(value.numel() for value in model.namer.linear.parameters())
     assert parts["namer.synthesis"] > parts["namer"]

@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from maskfirst.ahead import ahead
 from maskfirst.data.images import read_image, read_label_map
 from maskfirst.errors import UserError
 from maskfirst.files import DiskError
 from maskfirst.formats import yolo
 from maskfirst.formats.coco_instances import CocoInstances
 from maskfirst.formats.coco_panoptic import CocoPanoptic
-from maskfirst.predict import ahead, find_pictures, predict_files
+from maskfirst.predict import find_pictures, predict_files
 from maskfirst.types import SegmentMap, Segments
 from threshold import VOCABULARY, Threshold
 
@@ -257,10 +258,10 @@ def test_reading_hides_behind_the_model(tmp_path, monkeypatch):
     seen = iter(range(count))
 
     class Patient(Threshold):
-        def predict(self, image, task="semantic", *, augment=False, truth=None, key=""):
+        def segment(self, image, task="semantic", *, augment=False, truth=None, key=""):
             behind = begun[min(next(seen) + 1, count - 1)]
             assert behind.wait(60), "the next picture is not read before this one is done"
-            return super().predict(image, task, augment=augment, truth=truth)
+            return super().segment(image, task, augment=augment, truth=truth)
 
     def watched_read(path):
         begun[int(path.stem)].set()
@@ -297,7 +298,7 @@ def test_ahead_stops_reading_when_the_caller_does():
 
 def test_a_bug_in_the_model_is_no_failed_file(tmp_path):
     class Broken(Threshold):
-        def predict(self, image, task="semantic", *, augment=False, truth=None, key=""):
+        def segment(self, image, task="semantic", *, augment=False, truth=None, key=""):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
@@ -307,8 +308,8 @@ def test_a_bug_in_the_model_is_no_failed_file(tmp_path):
 class Scene(Threshold):
     """Answers any picture with a bright square over a dark ground, and a faint bright copy of half of it."""
 
-    def predict(self, image, task="semantic", *, augment=False, truth=None, key=""):
-        super().predict(image, task, augment=augment, truth=truth)
+    def segment(self, image, task="semantic", *, augment=False, truth=None, key=""):
+        super().segment(image, task, augment=augment, truth=truth)
         masks = torch.zeros(3, *image.shape[1:], dtype=torch.bool)
         masks[0] = True
         masks[1, 5:15, 10:30] = masks[2, 5:15, 20:35] = True

@@ -161,7 +161,7 @@ def test_instances_without_classes_are_masks_alone(tmp_path: Path) -> None:
     assert torch.equal(found.masks, TWO)
     assert found.names is None
     with pytest.raises(UserError, match="namer given: this proposer's masks arrive without names"):
-        model(path).predict(IMAGE, key="a/one")
+        model(path).segment(IMAGE, key="a/one")
 
 
 def test_crowds_are_left_out(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_foreign_names_are_listed_with_the_nearest_unless_left_out(tmp_path: Pat
     path = coco(tmp_path / "a.json", {"category_id": 1}, {"category_id": 2}, names=("cars", "zebra"))
     wanted = r"a\.json: classes that the vocabulary does not have: 'cars' Did you mean 'car'\?, 'zebra'; its masks can"
     with pytest.raises(FormatError, match=wanted):
-        model(path).predict(IMAGE, key="a/one")
+        model(path).segment(IMAGE, key="a/one")
     proposals = Saved(WORDS, str(path), names=False)(batch(["a/one"]))
     assert proposals.names is None
     assert torch.equal(proposals.masks[0] > 0, TWO)
@@ -630,7 +630,7 @@ def test_no_masks_is_an_empty_answer(tmp_path: Path, task: str, namer: str) -> N
     truth = segments(TWO, [0, 2], [1.0, 1.0])
     for inference in (Inference(), Inference(window=(8, 8), stride=(4, 4)), Inference(fit=Fit(short=7))):
         segmenter.inference = inference
-        answer = segmenter.predict(IMAGE, task, key="none", truth=truth)
+        answer = segmenter.segment(IMAGE, task, key="none", truth=truth)
         assert answer.masks.shape == (0, *SIZE)
 
 
@@ -638,7 +638,7 @@ def test_no_masks_is_an_empty_answer(tmp_path: Path, task: str, namer: str) -> N
 def test_no_masks_in_any_form(tmp_path: Path, task: str) -> None:
     for path in (coco(tmp_path / "a.json"), panoptic(tmp_path / "p.json", THREE[:0])):
         key = "two" if path.stem == "a" else "a/one"
-        assert len(model(path).predict(IMAGE, task, key=key)) == 0
+        assert len(model(path).segment(IMAGE, task, key=key)) == 0
 
 
 @pytest.mark.parametrize(
@@ -646,7 +646,7 @@ def test_no_masks_in_any_form(tmp_path: Path, task: str) -> None:
 )
 def test_pixels_without_a_mask_have_no_class(tmp_path: Path, inference: Inference) -> None:
     npz(tmp_path / "one.npz", masks=TWO.numpy(), classes=np.array([0, 3]), scores=np.array([0.25, 0.5]))
-    labels = model(tmp_path, inference=inference).predict(IMAGE, key="one").label_map()
+    labels = model(tmp_path, inference=inference).segment(IMAGE, key="one").label_map()
     wanted = torch.full(SIZE, VOID)
     wanted[TWO[0]] = 0
     wanted[TWO[1]] = 3
@@ -666,12 +666,12 @@ def test_our_own_instances_come_back(tmp_path: Path) -> None:
     writer = InstancesWriter(tmp_path / "instances.json", WORDS)
     writer.add(3, "a/one.jpg", found)
     writer.close()
-    assert same(model(tmp_path / "instances.json").predict(IMAGE, "instance", key="a/one"), found)
+    assert same(model(tmp_path / "instances.json").segment(IMAGE, "instance", key="a/one"), found)
 
 
 def test_our_own_panoptic_segments_come_back(tmp_path: Path) -> None:
     panoptic(tmp_path / "p.json", THREE)
-    assert same(model(tmp_path / "p.json").predict(IMAGE, "panoptic", key="a/one"), THREE)
+    assert same(model(tmp_path / "p.json").segment(IMAGE, "panoptic", key="a/one"), THREE)
 
 
 def scene(seed: int) -> tuple[Proposals, Names]:
@@ -689,7 +689,7 @@ def test_what_the_tasks_answer_comes_back(tmp_path: Path, seed: int) -> None:
     found = tasks.panoptic(*given, tasks.Thresholds(overlap=0.1)).segments
     assert len(found) > 1
     panoptic(tmp_path / "p.json", found)
-    assert same(model(tmp_path / "p.json").predict(IMAGE, "panoptic", key="a/one"), found)
+    assert same(model(tmp_path / "p.json").segment(IMAGE, "panoptic", key="a/one"), found)
 
     found = tasks.instance(*given)
     found = found[found.scores > 0]
@@ -697,7 +697,7 @@ def test_what_the_tasks_answer_comes_back(tmp_path: Path, seed: int) -> None:
     writer = InstancesWriter(tmp_path / "i.json", WORDS)
     writer.add(3, "a/one.jpg", found)
     writer.close()
-    assert same(model(tmp_path / "i.json").predict(IMAGE, "instance", key="a/one"), found)
+    assert same(model(tmp_path / "i.json").segment(IMAGE, "instance", key="a/one"), found)
 
 
 def test_our_own_semantic_segments_come_back(tmp_path: Path) -> None:
@@ -706,7 +706,7 @@ def test_our_own_semantic_segments_come_back(tmp_path: Path) -> None:
         npz(
             tmp_path / "arrays" / "one.npz", masks=found.masks.numpy(), classes=np.array([0, 1, 3]), scores=found.scores
         )
-        assert same(model(path).predict(IMAGE, "semantic", key="one"), found)
+        assert same(model(path).segment(IMAGE, "semantic", key="one"), found)
 
 
 def test_a_blend_keeps_how_sure_the_file_is_and_chooses_among_its_names(tmp_path: Path) -> None:
@@ -752,4 +752,4 @@ def test_the_oracle_takes_a_picture_without_truth() -> None:
     none = Segments(TWO[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, dtype=torch.bool))
     segmenter = Segmenter(OracleProposer(WORDS), Given(), None, WORDS, Inference(fit=Fit(short=24)))
     for task in TASKS:
-        assert segmenter.predict(IMAGE, task, truth=none).masks.shape == (0, *SIZE)
+        assert segmenter.segment(IMAGE, task, truth=none).masks.shape == (0, *SIZE)

@@ -74,7 +74,7 @@ def blobs(inference: Inference | None = None, able: tuple[str, ...] = TASKS) -> 
 def test_the_oracle_finds_every_segment(namer: str, inference: Inference) -> None:
     truth = scene()
     model = oracle(namer, inference)
-    found = model.predict(IMAGE, "panoptic", truth=truth)
+    found = model.segment(IMAGE, "panoptic", truth=truth)
     wanted = truth[~truth.crowd]
     assert found.classes.tolist() == wanted.classes.tolist()
     assert not found.crowd.any()
@@ -89,7 +89,7 @@ def test_the_oracle_finds_every_segment(namer: str, inference: Inference) -> Non
 @pytest.mark.parametrize("namer", ["given", "oracle"])
 def test_the_oracle_finds_things_that_overlap(namer: str) -> None:
     truth = scene(overlap=True)
-    found = oracle(namer).predict(IMAGE, "instance", truth=truth)
+    found = oracle(namer).segment(IMAGE, "instance", truth=truth)
     things = {(index.item(), mask.sum().item()) for index, mask in zip(truth.classes, truth.masks, strict=True)}
     sure = found[found.scores > 0.5]
     assert sorted(sure.classes.tolist()) == [2, 2, 3]
@@ -100,7 +100,7 @@ def test_the_oracle_finds_things_that_overlap(namer: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_picture_without_segments(task: str) -> None:
-    found = oracle().predict(IMAGE, task, truth=scene()[:0])
+    found = oracle().segment(IMAGE, task, truth=scene()[:0])
     assert found.masks.shape[1:] == SIZE
     assert not found.masks.any() or task == "semantic"
     assert not (found.scores > 0.5).any() or task == "semantic"
@@ -109,18 +109,18 @@ def test_a_picture_without_segments(task: str) -> None:
 def test_the_network_is_told_the_task_and_shown_the_whole_picture() -> None:
     windows = Inference(window=(16, 16), stride=(8, 8))
     model, proposer = blobs(windows)
-    assert set(model.predict(IMAGE, "semantic").classes.tolist()) <= {0, 1, 2, 3}
+    assert set(model.segment(IMAGE, "semantic").classes.tolist()) <= {0, 1, 2, 3}
     assert len(proposer.seen) > 1
     assert {size for _, size in proposer.seen} == {(16, 16)}
     for task in ("instance", "panoptic"):
         proposer.seen.clear()
-        assert model.predict(IMAGE, task).masks.shape[1:] == SIZE
+        assert model.segment(IMAGE, task).masks.shape[1:] == SIZE
         assert proposer.seen == [((task,), (48, 64))]
 
 
 def test_instances_are_the_surest_first_and_things_only() -> None:
     model, _ = blobs()
-    found = model.predict(IMAGE, "instance")
+    found = model.segment(IMAGE, "instance")
     assert len(found) == 12, "six proposals by two things"
     assert set(found.classes.tolist()) == {2, 3}
     assert (found.scores.diff() <= 0).all()
@@ -132,7 +132,7 @@ def test_strips_change_nothing(task: str) -> None:
     answers = []
     for strip in (1, 7, 64):
         model, _ = blobs(Inference(strip=strip, thresholds=Thresholds(0.2, 0.2)))
-        answers.append(model.predict(IMAGE, task))
+        answers.append(model.segment(IMAGE, task))
     assert len(answers[0])
     for other in answers[1:]:
         assert torch.equal(other.classes, answers[0].classes)
@@ -151,7 +151,7 @@ def test_masks_brought_home_first_differ_little() -> None:
     assert not torch.equal(*maps)
     assert (maps[0] - maps[1]).abs().mean() < 0.05
     model, _ = blobs(Inference(scales=(0.5, 1.0), flip=True, order="masks_home"))
-    assert model.predict(IMAGE, augment=True).masks.shape[1:] == SIZE
+    assert model.segment(IMAGE, augment=True).masks.shape[1:] == SIZE
 
 
 def test_whole_pictures_and_windows_exclude_each_other() -> None:
@@ -196,18 +196,18 @@ def test_augmented_views_may_have_a_fit_of_their_own() -> None:
 def test_augmentation_is_semantic_only(task: str) -> None:
     model, _ = blobs()
     with pytest.raises(UserError, match=f"augmentation is for the semantic task only; leave it out for {task}"):
-        model.predict(IMAGE, task, augment=True)
+        model.segment(IMAGE, task, augment=True)
 
 
 def test_tasks_that_cannot_be_done_are_refused() -> None:
     model, _ = blobs(able=("semantic",))
     with pytest.raises(UserError, match="cannot do the panoptic task, only: semantic"):
-        model.predict(IMAGE, "panoptic")
+        model.segment(IMAGE, "panoptic")
     stuff = Vocabulary(VOCABULARY.names, frozenset(), VOCABULARY.colors, VOCABULARY.ids)
     model = Segmenter(OracleProposer(stuff), Given(), Matched(stuff), stuff, Inference())
     with pytest.raises(UserError, match="none of the vocabulary's names is marked as one"):
-        model.predict(IMAGE, "instance", truth=scene())
-    assert len(model.predict(IMAGE, "panoptic", truth=scene())) == 4, "without things every class is one segment"
+        model.segment(IMAGE, "instance", truth=scene())
+    assert len(model.segment(IMAGE, "panoptic", truth=scene())) == 4, "without things every class is one segment"
 
 
 class Root(nn.Module):
@@ -222,7 +222,7 @@ def test_nan_is_traced_to_the_layer_that_made_it(task: str) -> None:
     model, proposer = blobs()
     proposer.body.insert(1, Root())
     with pytest.raises(UserError, match=r"NaN first in 'proposer\.body\.1', though its weights are finite; try"):
-        model.predict(IMAGE, task)
+        model.segment(IMAGE, task)
 
 
 def test_nan_is_traced_to_spoilt_weights() -> None:
@@ -232,7 +232,7 @@ def test_nan_is_traced_to_spoilt_weights() -> None:
     with pytest.raises(
         UserError, match=r"NaN first in 'proposer\.body\.2', whose bias is not finite; use other weights"
     ):
-        model.predict(IMAGE)
+        model.segment(IMAGE)
 
 
 def test_nan_between_layers_is_told_so() -> None:
@@ -240,11 +240,11 @@ def test_nan_between_layers_is_told_so() -> None:
     with torch.no_grad():
         proposer.query[2] = torch.nan
     with pytest.raises(UserError, match=r"NaN first in 'proposer', whose query is not finite"):
-        model.predict(IMAGE)
+        model.segment(IMAGE)
     model, proposer = blobs()
     proposer.mean = (torch.nan,) * 3
     with pytest.raises(UserError, match=r"NaN first on the way into 'proposer\.body\.0', though"):
-        model.predict(IMAGE, "panoptic")
+        model.segment(IMAGE, "panoptic")
     hooks = [hook for module in model.modules() for hook in module._forward_hooks]
     assert not hooks
 
@@ -281,7 +281,7 @@ def test_free_queries_learn_and_answer_every_task(kind: str, task: str) -> None:
         values.append(loss.item())
     assert min(values[-3:]) < 0.85 * values[0]
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert model.eval().predict(IMAGE, task).masks.shape[1:] == SIZE
+    assert model.eval().segment(IMAGE, task).masks.shape[1:] == SIZE
 
 
 def test_a_query_a_class_is_semantic_only() -> None:

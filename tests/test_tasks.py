@@ -118,7 +118,7 @@ def test_the_oracle_is_perfect(inference: Inference, namer: str) -> None:
     ).eval()
     assert segmenter.uses_truth
     image = torch.zeros(3, 37, 53, dtype=torch.uint8)
-    found = segmenter.predict(image, truth=Segments.from_label_map(labels)).label_map()
+    found = segmenter.segment(image, truth=Segments.from_label_map(labels)).label_map()
     known = labels != VOID
     assert torch.equal(found[known], labels[known])
 

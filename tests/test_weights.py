@@ -148,7 +148,7 @@ def test_a_model_comes_back_as_it_was_saved(model: Segmenter, saved: Path) -> No
     assert loaded.vocabulary == model.vocabulary
     assert same(loaded.state_dict(), model.state_dict())
     picture = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
-    assert torch.equal(loaded.predict(picture).label_map(), model.predict(picture).label_map())
+    assert torch.equal(loaded.segment(picture).label_map(), model.segment(picture).label_map())
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 

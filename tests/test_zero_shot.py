@@ -319,7 +319,7 @@ def test_an_unseen_name_that_is_none_is_told() -> None:
 def test_the_unseen_alone_are_the_only_answers() -> None:
     model = experiment(task="semantic", namer={"kind": "class_head"}, criterion={"kind": "set"}).segmenter().eval()
     alone = compose.among(model, UNSEEN)
-    answer = alone.predict(scenes(1)[0].image, "semantic").label_map()
+    answer = alone.segment(scenes(1)[0].image, "semantic").label_map()
     assert set(answer.unique().tolist()) <= {STAR, WATER}
     with pytest.raises(UserError, match=r"no class 'stat'\. Did you mean 'star'"):
         compose.among(model, ["stat"])

@@ -1,9 +1,11 @@
 """A segmenter that needs no network: dark pixels are `dark`, bright ones `bright`, pure black is void."""
 
+from collections.abc import Sequence
+
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from maskfirst.segmenter import Segmenter
+from maskfirst.segmenter import Inference, Segmenter
 from maskfirst.types import VOID, Segments, Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -19,17 +21,26 @@ class Threshold(Segmenter):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.vocabulary = VOCABULARY
+        self.inference = Inference()
         self.calls: list[dict] = []
 
-    def predict(
+    @property
+    def default_task(self) -> str:
+        return "semantic"
+
+    def segment_many(
         self,
-        image: UInt8[Tensor, "3 H W"],
+        images: Sequence[UInt8[Tensor, "3 _H _W"]],
         task: str = "semantic",
         *,
         augment: bool = False,
-        truth: Segments | None = None,
-        key: str = "",
-    ) -> Segments:
-        self.calls.append({"task": task, "augment": augment, "truth": truth})
-        brightness = image.float().mean(0)
-        return Segments.from_label_map((brightness > 128).long().masked_fill(brightness == 0, VOID))
+        truth: Sequence[Segments] | None = None,
+        keys: Sequence[str] | None = None,
+        batch: int | None = None,
+    ) -> list[Segments]:
+        self.calls += [{"task": task, "augment": augment, "truth": each} for each in truth or [None] * len(images)]
+        found = []
+        for image in images:
+            brightness = image.float().mean(0)
+            found.append(Segments.from_label_map((brightness > 128).long().masked_fill(brightness == 0, VOID)))
+        return found

@@ -212,7 +212,7 @@ class Experiment:
                 tasks.check_task(self.task, proposer.tasks, self.vocabulary)
             except UserError as error:
                 raise self._error(f"task: {error}") from error
-            return Segmenter(proposer, namer, criterion, self.vocabulary, inference)
+            return Segmenter(proposer, namer, criterion, self.vocabulary, inference, self.task)
 
     def dataset(self, split: Split) -> Dataset:
         """The data of one split; the same object each time. Raises UserError where the recipe or the disk has none."""

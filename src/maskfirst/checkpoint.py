@@ -119,7 +119,7 @@ class RunFolder:
             with contextlib.suppress(ImageError):
                 sample = dataset[index]
                 seen = sample.truth if segmenter.uses_truth else None
-                answer = segmenter.predict(sample.image, task, truth=seen, key=sample.key)
+                answer = segmenter.segment(sample.image, task, truth=seen, key=sample.key)
                 words = segmenter.vocabulary
                 truth = tasks.targets(sample.truth, words, task)
                 rows.append(draw.side_by_side(sample.image, truth, answer, words, sample.key, task))

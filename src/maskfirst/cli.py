@@ -491,7 +491,7 @@ def predict(
             segmenter,
             paths,
             out,
-            task.value if task else _default_task(chosen, segmenter),
+            task.value if task else segmenter.default_task,
             overlays=overlays,
             opacity=opacity,
             colors=painted,
@@ -641,7 +641,7 @@ def export(
         own.recipe,
         out,
         pictures,
-        task.value if task else _default_task(weights, segmenter),
+        task.value if task else segmenter.default_task,
         size=None if size is None else _size(size),
         answer=None if answer is None else answer.value,
         numbers=numbers.value,
@@ -853,14 +853,6 @@ def _weights_and_paths(arguments: list[str], weights: str | None) -> tuple[str, 
     if not others:
         raise UserError(f"predict {first}: weights, but no pictures; name files, folders or globs after them")
     return first, others
-
-
-def _default_task(weights: str, segmenter: "Segmenter") -> str:
-    """The task of the recipe in weights, or the first that the model can do."""
-    from maskfirst.types import TASKS
-
-    asked = _of_weights(weights, None, trusted=False).task
-    return next(task for task in (asked, *TASKS) if task in segmenter.proposer.tasks)
 
 
 def _split(said: list[str] | None, known: Sequence[str], only: bool, as_published: bool) -> "SeenSplit | None":

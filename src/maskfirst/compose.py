@@ -142,4 +142,4 @@ def _first(namer: Namer) -> Namer:
 
 
 def _model(model: Segmenter, proposer: Proposer, namer: Namer) -> Segmenter:
-    return Segmenter(proposer, namer, None, model.vocabulary, model.inference).eval()
+    return Segmenter(proposer, namer, None, model.vocabulary, model.inference, model.task).eval()

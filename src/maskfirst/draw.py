@@ -1,7 +1,7 @@
 """Pictures of segments: overlays with a legend, contact sheets, truth beside prediction, and label maps as PNG."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -136,6 +136,42 @@ def mark(
     for (y, x), text, color in zip(points, texts, colors, strict=True):
         plates.add(text, color, partial(_around, y, x, radius))
     return marked
+
+
+def explained(
+    picture: Image.Image,
+    found: SegmentMap,
+    vocabulary: Vocabulary,
+    opacity: float = 0.5,
+    captioned: bool = False,
+    shares: Mapping[int, float] | None = None,
+) -> Image.Image:
+    """The picture under the colours of its segments and, with `captioned`, their names and scores. A new picture.
+
+    `shares`: of the picture, 0..1 by class, for a legend below, the largest first; without, there is none.
+    """
+    colors = segment_colors(found.classes, vocabulary)
+    painted = paint(picture, found.ids, colors, opacity)
+    if captioned:
+        painted = caption(painted, found, captions(found, vocabulary), colors)
+    if shares is None:
+        return painted
+    ordered = largest_first(shares)
+    return below(painted, legend(vocabulary, list(ordered), list(ordered.values()), width=painted.width))
+
+
+def shares(found: SegmentMap) -> dict[int, float]:
+    """How much of the picture each class has, 0..1, those that have none left out."""
+    amounts: dict[int, float] = {}
+    for index, area in zip(found.classes.tolist(), found.areas.tolist(), strict=True):
+        if area:
+            amounts[index] = amounts.get(index, 0.0) + area / found.ids.numel()
+    return amounts
+
+
+def largest_first(shares: Mapping[int, float]) -> dict[int, float]:
+    """Of equal ones the first class first."""
+    return dict(sorted(shares.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 class _Plates:

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from maskfirst import draw, tasks
+from maskfirst.ahead import ahead
 from maskfirst.contracts import Dataset, Metric, Scores
 from maskfirst.data.images import ImageError
 from maskfirst.data.zero_shot import unseen_of
@@ -26,7 +27,6 @@ from maskfirst.metrics.boundary import BoundaryIoU
 from maskfirst.metrics.iou import ConfusionMatrix
 from maskfirst.metrics.pq import PanopticQuality
 from maskfirst.metrics.seen import PUBLISHED, Only, SeenUnseen, Split, Way
-from maskfirst.predict import ahead
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import VOID, Sample, SegmentMap, Segments, Vocabulary
 
@@ -115,7 +115,7 @@ def evaluate(
 
     def predicted(sample: Sample) -> Segments:
         truth = sample.truth if segmenter.uses_truth else None
-        return segmenter.predict(sample.image, task, augment=augment, truth=truth, key=sample.key)
+        return segmenter.segment(sample.image, task, augment=augment, truth=truth, key=sample.key)
 
     for done, (index, reading) in enumerate(ahead(dataset.__getitem__, shard, workers), 1):
         try:

@@ -181,7 +181,7 @@ def driven(like: Segmenter, facts: Facts | None, masks: Run | None, points: Run 
     """`like`, on whatever device, with graphs in place of its networks. Its proposer stays where no graph has masks."""
     proposer = like.proposer if masks is None or facts is None else GraphProposer(masks, facts, like.proposer)
     namer = like.namer if points is None and masks is None else _driven(like.namer, points)
-    return Segmenter(proposer, namer, None, like.vocabulary, settled(like).inference).eval()
+    return Segmenter(proposer, namer, None, like.vocabulary, settled(like).inference, like.task).eval()
 
 
 def _driven(namer: Namer, points: Run | None) -> Namer:
@@ -197,7 +197,7 @@ def settled(like: Segmenter) -> Segmenter:
     if like.inference.multiple is None:
         return like
     inference = replace(like.inference, multiple=None)
-    return Segmenter(like.proposer, like.namer, None, like.vocabulary, inference).eval()
+    return Segmenter(like.proposer, like.namer, None, like.vocabulary, inference, like.task).eval()
 
 
 def example(network: Network, size: Size) -> tuple[Tensor, ...]:

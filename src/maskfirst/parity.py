@@ -115,7 +115,7 @@ def compare(model: Segmenter, graph: Segmenter, pictures: Iterable[Picture], tas
             # One of them is first by turns, so that neither always has the warm caches.
             answers: dict[bool, Segments] = {}
             for first in (True, False) if found.pictures % 2 else (False, True):
-                answers[first] = (model if first else graph).predict(
+                answers[first] = (model if first else graph).segment(
                     picture.image, task, truth=picture.truth, key=picture.key
                 )
         found.pictures += 1

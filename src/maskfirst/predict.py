@@ -3,26 +3,24 @@
 import glob
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxtyping import UInt8
 from PIL.Image import Image
 from torch import Tensor
 
 from maskfirst import draw
+from maskfirst.ahead import ahead
 from maskfirst.data.images import IMAGE_ENDINGS, ImageError, read_image
 from maskfirst.errors import UserError, nearest
 from maskfirst.files import write_json
 from maskfirst.outputs import Found, InstanceFiles, LabelMaps, Output, PanopticFiles, Told
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import SegmentMap, Vocabulary
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass
@@ -86,7 +84,7 @@ def predict_files(
             try:
                 image = reading.result()
                 # Reduced here, so that no masks wait in the queue.
-                answer = output.reduced(segmenter.predict(image, task, augment=augment, key=each.name))
+                answer = output.reduced(segmenter.segment(image, task, augment=augment, key=each.name))
             except ImageError as error:
                 summary.failed.append({"file": str(each.file), "error": str(error)})
             else:
@@ -105,22 +103,6 @@ def predict_files(
     output.close()
     write_json(out / "summary.json", summary.as_json())
     return summary
-
-
-def ahead(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[T, Future[R]]]:
-    """Each item with its `work`, in order; `workers` threads are at most as many items ahead of the caller."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[tuple[T, Future[R]]] = deque()
-        try:
-            for item in items:
-                pending.append((item, pool.submit(work, item)))
-                if len(pending) > workers:
-                    yield pending.popleft()
-            while pending:
-                yield pending.popleft()
-        finally:
-            for _, job in pending:
-                job.cancel()
 
 
 def find_pictures(paths: Sequence[Path | str], without: Sequence[Path] = ()) -> list[Found]:
@@ -225,16 +207,11 @@ class _Writer:
         return None if told is None else self._entry(found, told)
 
     def _overlay(self, image: UInt8[Tensor, "3 H W"], shown: SegmentMap, told: Told) -> Image:
-        colors = draw.segment_colors(shown.classes, self.vocabulary)
-        painted = draw.paint(draw.to_picture(image), shown.ids, colors, self.opacity)
-        if self.output.captions:
-            painted = draw.caption(painted, shown, draw.captions(shown, self.vocabulary), colors)
-        shares = _largest_first(told.shares)
-        strip = draw.legend(self.vocabulary, list(shares), list(shares.values()), width=painted.width)
-        return draw.below(painted, strip)
+        captioned = self.output.captions
+        return draw.explained(draw.to_picture(image), shown, self.vocabulary, self.opacity, captioned, told.shares)
 
     def _entry(self, found: Found, told: Told) -> dict[str, Any]:
-        shares = _largest_first(told.shares)
+        shares = draw.largest_first(told.shares)
         entry = {
             "file": str(found.file),
             **self.output.files(found),
@@ -247,7 +224,3 @@ class _Writer:
 
     def _name(self, found: Found) -> str:
         return f"overlays/{found.name}.jpg"
-
-
-def _largest_first(shares: Mapping[int, float]) -> dict[int, float]:
-    return dict(sorted(shares.items(), key=lambda pair: (-pair[1], pair[0])))

@@ -12,13 +12,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from maskfirst import draw
+from maskfirst.ahead import ahead
 from maskfirst.data.images import ImageError, read_image
 from maskfirst.errors import UserError, nearest
 from maskfirst.files import write_aside, write_json
 from maskfirst.formats import points as tables
 from maskfirst.formats.points import Point
 from maskfirst.outputs import Found
-from maskfirst.predict import Summary, ahead, find_pictures
+from maskfirst.predict import Summary, find_pictures
 from maskfirst.segmenter import Segmenter
 from maskfirst.types import Vocabulary
 

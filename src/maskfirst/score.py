@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
+from maskfirst.ahead import ahead
 from maskfirst.data.cityscapes import instance_ids
 from maskfirst.data.images import read_label_map
 from maskfirst.data.vocabulary import from_names, load
@@ -26,7 +27,6 @@ from maskfirst.formats.coco_panoptic import CocoPanoptic
 from maskfirst.formats.instances import Instances
 from maskfirst.frames import Size
 from maskfirst.metrics.seen import Split
-from maskfirst.predict import ahead
 from maskfirst.tasks import check_known
 from maskfirst.types import VOID, SegmentMap, Vocabulary
 

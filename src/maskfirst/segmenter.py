@@ -1,6 +1,8 @@
 """Segmenter: a proposer, a namer, a criterion and a vocabulary, and the only way from a picture to its segments."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal
@@ -11,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskfirst import finite, rows, tasks
+from maskfirst.ahead import ahead, groups
 from maskfirst.contracts import Criterion, Namer, PointNamer, Proposer
+from maskfirst.data.images import ImageError, Readable, as_rgb
 from maskfirst.errors import UserError
 from maskfirst.frames import Fit, Frame, Size
 from maskfirst.ops.cpu import fast_on_cpu
-from maskfirst.types import Batch, Names, Proposals, Segments, Vocabulary
+from maskfirst.prediction import Prediction
+from maskfirst.types import TASKS, Batch, Names, Proposals, Segments, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,21 @@ class Segmenter(nn.Module):
         criterion: Criterion | None,
         vocabulary: Vocabulary,
         inference: Inference,
+        task: str = "semantic",
     ) -> None:
-        """`criterion`: None where a phase with losses of its own trains it."""
+        """`criterion`: None where a phase with losses of its own trains it. `task`: what it is for, where nobody says."""
         super().__init__()
         self.proposer = proposer
         self.namer = namer
         self.criterion = criterion
         self.vocabulary = vocabulary
         self.inference = inference
+        self.task = task
+
+    @property
+    def default_task(self) -> str:
+        """What it is for, or the first that it can do."""
+        return next(task for task in (self.task, *TASKS) if task in self.proposer.tasks)
 
     @property
     def device(self) -> torch.device:
@@ -149,8 +161,58 @@ class Segmenter(nn.Module):
                 losses[f"{name}_{index}"] = value
         return losses | self.proposer.extra_loss(proposals, batch)
 
-    @torch.inference_mode()
-    def predict(
+    def predict(self, picture: Readable, task: str | None = None, *, augment: bool = False) -> Prediction:
+        """What is in a picture: a path, the bytes of a file, one of Pillow's, an array or a tensor, see `images.as_rgb`.
+
+        `task`: semantic, instance or panoptic; None: `default_task`. `augment`: test-time augmentation. May be called from
+        several threads. Raises as `segment`, and ImageError for what is no picture.
+        """
+        return next(self.predict_many([picture], task, augment=augment, workers=0))
+
+    def predict_many(
+        self,
+        pictures: Iterable[Readable],
+        task: str | None = None,
+        *,
+        augment: bool = False,
+        batch: int | None = None,
+        workers: int = 2,
+        skipped: Callable[[Readable, ImageError], None] | None = None,
+    ) -> Iterator[Prediction]:
+        """As `predict`, of pictures of any number and sizes, in their order, one at a time.
+
+        `workers`: threads that read ahead; with any, the next pictures are segmented while what is yielded is used. `batch`:
+        pictures a pass where their canvases have one size; None: as `inference.batch`. `skipped` is told of pictures that
+        cannot be read, and the rest goes on; without it the first one raises ImageError.
+        """
+        task = task or self.default_task
+        count = batch or self._batch
+
+        def read(picture: Readable) -> UInt8[Tensor, "3 H W"]:
+            return as_rgb(picture)
+
+        def segmented(items: Sequence[tuple[Readable, Future[Tensor]]]) -> list[Prediction]:
+            images, keys = [], []
+            for picture, reading in items:
+                try:
+                    images.append(reading.result())
+                except ImageError as error:
+                    if skipped is None:
+                        raise
+                    skipped(picture, error)
+                else:
+                    keys.append(str(picture) if isinstance(picture, (str, os.PathLike)) else "")
+            answers = self.segment_many(images, task, augment=augment, keys=keys, batch=count)
+            return [
+                Prediction(image, segments, self.vocabulary, task, key)
+                for image, segments, key in zip(images, answers, keys, strict=True)
+            ]
+
+        chunks = groups(ahead(read, pictures, workers), count)
+        for _, answers in ahead(segmented, chunks, min(workers, 1)):
+            yield from answers.result()
+
+    def segment(
         self,
         image: UInt8[Tensor, "3 H W"],
         task: str = "semantic",
@@ -166,18 +228,61 @@ class Segmenter(nn.Module):
         Tasks other than semantic are always answered from the whole picture at once. Raises UserError where the model cannot
         do the task, or where its network makes NaN.
         """
+        told = None if truth is None else [truth]
+        (answer,) = self.segment_many([image], task, augment=augment, truth=told, keys=[key])
+        return answer
+
+    @torch.inference_mode()
+    def segment_many(
+        self,
+        images: Sequence[UInt8[Tensor, "3 _H _W"]],
+        task: str = "semantic",
+        *,
+        augment: bool = False,
+        truth: Sequence[Segments] | None = None,
+        keys: Sequence[str] | None = None,
+        batch: int | None = None,
+    ) -> list[Segments]:
+        """As `segment`. Pictures whose canvases have one size share a pass, but for those seen in windows or several views.
+
+        `batch`: canvases a pass at most; None: as `inference.batch`.
+        """
         tasks.check_task(task, self.proposer.tasks, self.vocabulary)
-        if task == "semantic":
-            return tasks.semantic(self.scores(image, augment=augment, truth=truth, key=key), self.inference.strip).to(
-                "cpu"
-            )
-        if augment:
+        if augment and task != "semantic":
             raise UserError(f"test-time augmentation is for the semantic task only; leave it out for {task}")
+        told = [
+            _Told(None if truth is None else truth[place], "" if keys is None else keys[place])
+            for place in range(len(images))
+        ]
         settings = self.inference
-        frame = settings.views((image.shape[-2], image.shape[-1]), self.proposer.multiple, augment=False)[0]
-        proposals, names = self._seen(frame.resized(image.to(self.device)), [frame], task, truth, key)
-        given = (proposals, names, 0, self.vocabulary, frame, settings.thresholds, settings.strip)
-        return (tasks.panoptic(*given).segments if task == "panoptic" else tasks.instance(*given)).to("cpu")
+        if augment or (task == "semantic" and settings.window is not None):
+            scores = (
+                self.scores(image, augment=augment, truth=each.truth, key=each.key)
+                for image, each in zip(images, told, strict=True)
+            )
+            return [tasks.semantic(each, settings.strip).to("cpu") for each in scores]
+        views = [settings.views(_size(image), self.proposer.multiple, augment=False)[0] for image in images]
+        answers: dict[int, Segments] = {}
+        for canvas in dict.fromkeys(view.outer for view in views):
+            for places in groups(
+                (place for place, view in enumerate(views) if view.outer == canvas), batch or self._batch
+            ):
+                frames = [views[place] for place in places]
+                pictures = [
+                    frame.resized(images[place].to(self.device)) for frame, place in zip(frames, places, strict=True)
+                ]
+                proposals, names = self._seen(pictures, frames, task, [told[place] for place in places])
+                for index, place in enumerate(places):
+                    answers[place] = self._answer(task, proposals, names, index, views[place]).to("cpu")
+        return [answers[place] for place in range(len(images))]
+
+    def _answer(self, task: str, proposals: Proposals, names: Names, index: int, frame: Frame) -> Segments:
+        """What a task makes of the whole of a picture, seen at once."""
+        settings = self.inference
+        if task == "semantic":
+            return tasks.semantic(self._home(frame, [(frame, proposals, names, index)]), settings.strip)
+        given = (proposals, names, index, self.vocabulary, frame, settings.thresholds, settings.strip)
+        return tasks.panoptic(*given).segments if task == "panoptic" else tasks.instance(*given)
 
     @torch.inference_mode()
     def name_points(self, image: UInt8[Tensor, "3 H W"], points: Float[Tensor, "P 2"]) -> Float[Tensor, "P K"]:
@@ -233,7 +338,10 @@ class Segmenter(nn.Module):
         key: str = "",
     ) -> rows.Rows:
         """The semantic scores of one RGB picture seen in one way, brought back to the size `view.original`."""
-        seen = self._windows(image, view, truth, key)
+        return self._home(view, self._windows(image, view, truth, key))
+
+    def _home(self, view: Frame, seen: Iterable[tuple[Frame, Proposals, Names, int]]) -> rows.Rows:
+        """The semantic scores of the windows of a view, brought back to the size `view.original`."""
         if self.inference.order == "masks_home":
             ((frame, proposals, names, index),) = seen
             return tasks.read_home(proposals, names, index, frame)
@@ -250,27 +358,50 @@ class Segmenter(nn.Module):
     ) -> Iterator[tuple[Frame, Proposals, Names, int]]:
         """Runs the network over the windows of one view, `batch` at a time, and yields each with its place in the pass."""
         picture = view.resized(image.to(self.device))
-        frames = self.inference.windows(view, self.proposer.multiple)
-        count = self.inference.batch or (1 if self.device.type == "cpu" else 4)
-        for start in range(0, len(frames), count):
-            some = frames[start : start + count]
-            proposals, names = self._seen(picture, some, "semantic", truth, key)
-            for index, frame in enumerate(some):
+        for frames in groups(self.inference.windows(view, self.proposer.multiple), self._batch):
+            told = [_Told(truth, key)] * len(frames)
+            proposals, names = self._seen([picture] * len(frames), frames, "semantic", told)
+            for index, frame in enumerate(frames):
                 yield frame, proposals, names, index
 
+    @property
+    def _batch(self) -> int:
+        """Canvases a pass."""
+        return self.inference.batch or (1 if self.device.type == "cpu" else 4)
+
     def _seen(
-        self, picture: Float[Tensor, "3 H W"], frames: Sequence[Frame], task: str, truth: Segments | None, key: str
+        self,
+        resized: Sequence[Float[Tensor, "3 _H _W"]],
+        frames: Sequence[Frame],
+        task: str,
+        told: Sequence["_Told"],
     ) -> tuple[Proposals, Names]:
-        """What the network makes of some canvases of a resized picture. Raises UserError where that is NaN."""
+        """What the network makes of canvases, each cut of a resized picture. Raises UserError where that is NaN."""
         fill = self.proposer.mean if self.inference.fill == "mean" else (0.0, 0.0, 0.0)
-        pixels = torch.stack([frame.cut(picture, fill) for frame in frames])
-        wanted = None if truth is None else tasks.targets(truth, self.vocabulary, task)
-        cut = None if wanted is None else tuple(_cut_truth(wanted, frame, self.device) for frame in frames)
-        batch = Batch(pixels, (task,) * len(frames), tuple(frames), (key,) * len(frames), cut)
+        pixels = torch.stack([frame.cut(picture, fill) for frame, picture in zip(frames, resized, strict=True)])
+        cut = [
+            _cut_truth(tasks.targets(each.truth, self.vocabulary, task), frame, self.device)
+            for frame, each in zip(frames, told, strict=True)
+            if each.truth is not None
+        ]
+        keys = tuple(each.key for each in told)
+        batch = Batch(pixels, (task,) * len(frames), tuple(frames), keys, tuple(cut) or None)
         proposals, names = self(batch)
         if finite.has_nan((proposals.masks, names.logits)):
             raise UserError(finite.blame(self, batch))
         return proposals, names
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What is told of a picture beside its pixels."""
+
+    truth: Segments | None
+    key: str
+
+
+def _size(image: Tensor) -> Size:
+    return image.shape[-2], image.shape[-1]
 
 
 def _cut_truth(truth: Segments, frame: Frame, device: torch.device) -> Segments:

@@ -3,10 +3,12 @@
 The formats are few on purpose; each file is opened by the decoder that its first bytes ask for and by no other.
 """
 
+import io
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ PIXELS = 178_000_000
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 T = TypeVar("T")
+Readable = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+"""What a picture may be given as: see `as_rgb`."""
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 _TURNS = {
@@ -59,6 +63,58 @@ def read_image(path: Path | str, limit: int = PIXELS) -> UInt8[Tensor, "3 H W"]:
     return _read(Path(path), limit, _rgb)
 
 
+def as_rgb(picture: Readable, limit: int = PIXELS) -> UInt8[Tensor, "3 H W"]:
+    """A picture of any kind as RGB 0..255.
+
+    A path, or the bytes of a file; one of Pillow's; a numpy array of bytes, (H, W), (H, W, 1), (H, W, 3) or with alpha
+    (H, W, 4), in the order red, green, blue; or a tensor (3, H, W) of bytes.
+
+    `limit`: the most pixels. Raises ImageError, which says what would do.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return read_image(Path(picture), limit)
+    if isinstance(picture, bytes):
+        return _decoded(io.BytesIO(picture), "these bytes", limit, _rgb)
+    if isinstance(picture, Image.Image):
+        return _converted(lambda: _rgb(_upright(picture), b""), "this picture of Pillow's")
+    if isinstance(picture, np.ndarray):
+        return _of_array(picture)
+    if isinstance(picture, Tensor):
+        return _of_tensor(picture)
+    raise ImageError(
+        f"{type(picture).__name__}: no picture; give a path, the bytes of a file, a picture of Pillow's, or an array or a "
+        "tensor of bytes"
+    )
+
+
+def _of_array(array: np.ndarray) -> UInt8[Tensor, "3 H W"]:
+    shape = tuple(array.shape)
+    if array.dtype != np.uint8:
+        remedy = "(255 * array).round().astype(np.uint8)" if array.dtype.kind == "f" else "array.astype(np.uint8)"
+        raise ImageError(f"an array of {array.dtype} {shape}: a picture has bytes 0..255; {remedy} makes some of it")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in shape:
+        hint = "; array.transpose(1, 2, 0) turns it" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        raise ImageError(
+            f"an array of shape {shape}: a picture is (height, width), or that with 1, 3 or 4 channels{hint}"
+        )
+    channels = np.ascontiguousarray(array[..., :3].transpose(2, 0, 1))
+    # A copy where it was none yet, as the caller may write into his array.
+    return torch.from_numpy(channels.copy() if np.shares_memory(channels, array) else channels).expand(3, -1, -1)
+
+
+def _of_tensor(tensor: Tensor) -> UInt8[Tensor, "3 H W"]:
+    shape = tuple(tensor.shape)
+    if tensor.dtype != torch.uint8:
+        remedy = "(255 * tensor).round().byte()" if tensor.is_floating_point() else "tensor.byte()"
+        raise ImageError(f"a tensor of {tensor.dtype} {shape}: a picture has bytes 0..255; {remedy} makes some of it")
+    if tensor.ndim != 3 or shape[0] != 3 or 0 in shape:
+        hint = "; tensor.permute(2, 0, 1) turns it" if tensor.ndim == 3 and shape[2] == 3 else ""
+        raise ImageError(f"a tensor of shape {shape}: a picture is (3, height, width){hint}")
+    return tensor
+
+
 def read_label_map(path: Path | str, colors: bool = False, limit: int = PIXELS) -> Integer[np.ndarray, "H W"]:
     """The numbers that a label map holds: 8-bit or 16-bit grey, 1-bit, or the indices (not the colours) of a palette.
 
@@ -71,33 +127,48 @@ def _read(path: Path, limit: int, convert: Callable[[Image.Image, bytes], T]) ->
     """`convert` of the upright picture and the first bytes of its file."""
     try:
         with open(path, "rb") as file:
-            head = file.read(32)
-            file.seek(0)
-            image = _opened(file, head)
-            width, height = image.size
-            if width * height > limit:
-                raise _UnfitError(
-                    f"{width} x {height} px, more than the limit of {limit / 1e6:.4g} million; not decoded"
-                )
-            _load(image)
-            return convert(_upright(image), head)
-    except _UnfitError as error:
-        raise ImageError(f"{path}: {error}") from error
+            return _decoded(file, str(path), limit, convert)
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _decoded(file: io.BufferedIOBase, name: str, limit: int, convert: Callable[[Image.Image, bytes], T]) -> T:
+    """As `_read`, of an open file that is called `name`."""
+
+    def found() -> T:
+        head = file.read(32)
+        file.seek(0)
+        image = _opened(file, head)
+        width, height = image.size
+        if width * height > limit:
+            raise _UnfitError(f"{width} x {height} px, more than the limit of {limit / 1e6:.4g} million; not decoded")
+        _load(image)
+        return convert(_upright(image), head)
+
+    return _converted(found, name)
+
+
+def _converted(work: Callable[[], T], name: str) -> T:
+    """What Pillow makes of a picture that is called `name`. Raises ImageError in place of all that Pillow raises."""
+    try:
+        return work()
+    except _UnfitError as error:
+        raise ImageError(f"{name}: {error}") from error
     except MemoryError as error:
-        raise ImageError(f"{path}: not enough memory to decode it") from error
+        raise ImageError(f"{name}: not enough memory to decode it") from error
     except Exception as error:
         # Only Pillow ran, on bytes that anyone may have written: whatever it raises speaks of the file.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        raise ImageError(f"{path}: broken or cut short: {reason}") from error
+        raise ImageError(f"{name}: broken or cut short: {reason}") from error
 
 
 class _UnfitError(ValueError):
     """A picture of a kind that is not taken."""
 
 
-def _opened(file: BinaryIO, head: bytes) -> Image.Image:
+def _opened(file: io.BufferedIOBase, head: bytes) -> Image.Image:
     """The picture with its header read, without its pixels.
 
     `Image.open` is not used, as it warns about large pictures by a limit that is the whole process's.

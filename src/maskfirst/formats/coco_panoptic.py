@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt8
 from PIL import Image as Pillow
 from PIL.PngImagePlugin import PngInfo
 
@@ -232,6 +232,13 @@ def numbers(found: SegmentMap, vocabulary: Vocabulary) -> list[int]:
     return chosen
 
 
+def painted(found: SegmentMap, vocabulary: Vocabulary) -> UInt8[np.ndarray, "H W 3"]:
+    """What the PNG holds: the number of every pixel's segment as red + 256 green + 65536 blue, 0 for none."""
+    # Void, index -1, is the last.
+    colors = np.array([*numbers(found, vocabulary), 0], "<u4").view(np.uint8).reshape(-1, 4)[:, :3]
+    return colors.take(found.ids.numpy(), axis=0, mode="wrap")
+
+
 def _png(file_name: str) -> str:
     return PurePosixPath(file_name).with_suffix(".png").as_posix()
 
@@ -249,10 +256,8 @@ def _write_png(path: Path, found: SegmentMap, vocabulary: Vocabulary, notes: Map
     info = PngInfo()
     for name, note in notes.items():
         info.add_itxt(name, note)
-    # Void, index -1, is the last.
-    painted = np.array([*numbers(found, vocabulary), 0], "<u4").view(np.uint8).reshape(-1, 4)[:, :3]
     with write_aside(path) as aside:
-        picture = Pillow.fromarray(painted.take(found.ids.numpy(), axis=0, mode="wrap"))
+        picture = Pillow.fromarray(painted(found, vocabulary))
         # Run-length matches, as in label maps: smaller and faster than the default search.
         picture.save(aside, format="PNG", pnginfo=info, compress_level=6, compress_type=3)
 
