@@ -194,7 +194,10 @@ def test_run_folders_and_bundled_names(saved: Path, tmp_path: Path, monkeypatch:
     run = tmp_path / "run"
     run.mkdir()
     told = message(locate, run)
-    assert told == f"{run}: no best.safetensors or last.safetensors in this folder; give a run folder or a file"
+    assert (
+        told
+        == f"{run}: no best.safetensors, last.safetensors or model.safetensors in this folder; give a run folder or a file"
+    )
     shutil.copy(saved, run / "last.safetensors")
     assert locate(run) == run / "last.safetensors"
     shutil.copy(saved, run / "best.safetensors")

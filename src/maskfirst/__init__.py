@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskfirst.build import load
     from maskfirst.prediction import Prediction
+    from maskfirst.publish import publish
     from maskfirst.segmenter import Segmenter
     from maskfirst.types import Segments, Vocabulary
 
-__all__ = ["Prediction", "Segmenter", "Segments", "Vocabulary", "load"]
+__all__ = ["Prediction", "Segmenter", "Segments", "Vocabulary", "load", "publish"]
 __version__ = "0.1.0"
 
 # torch takes seconds to import, the command line's help must not: names are looked up when first used (PEP 562).
 _HOMES = {
     "load": "maskfirst.build",
     "Prediction": "maskfirst.prediction",
+    "publish": "maskfirst.publish",
     "Segmenter": "maskfirst.segmenter",
     "Segments": "maskfirst.types",
     "Vocabulary": "maskfirst.types",

@@ -22,9 +22,9 @@ from maskfirst.recipe import Recipe
 from maskfirst.types import Vocabulary
 
 FORMAT = "maskfirst-1"
-RUN_FILES = ("best.safetensors", "last.safetensors")
-"""The weights of a run folder; the first that exists counts."""
 HUB_FILE = "model.safetensors"
+RUN_FILES = ("best.safetensors", "last.safetensors", HUB_FILE)
+"""The weights of a run folder, or of one that was published; the first that exists counts."""
 PICKLES = (".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".bin")
 _BUNDLED = Path(__file__).with_name("bundled")
 
@@ -98,9 +98,22 @@ def save(
     `half` stores float tensors in 16 bits, but for those with a value that 16 bits cannot hold. `source`: where the
     weights come from, in words.
     """
+    write(path, segmenter.state_dict(), recipe_tree, vocabulary, scores, half, source)
+
+
+def write(
+    path: Path | str,
+    state: Mapping[str, Tensor],
+    recipe_tree: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    scores: Mapping[str, Any] | None = None,
+    half: bool = False,
+    source: str = "",
+) -> None:
+    """As `save`, of tensors by the segmenter's names."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in segmenter.state_dict().items():
+    for name, tensor in state.items():
         stored = _stored(tensor, half)
         storage = stored.untyped_storage().data_ptr()
         # The format has no tensors that share memory.
@@ -162,7 +175,8 @@ def locate(source: str | Path) -> Path:
         for name in RUN_FILES:
             if (path / name).is_file():
                 return path / name
-        raise WeightsError(f"{path}: no {' or '.join(RUN_FILES)} in this folder; give a run folder or a file")
+        names = f"{', '.join(RUN_FILES[:-1])} or {RUN_FILES[-1]}"
+        raise WeightsError(f"{path}: no {names} in this folder; give a run folder or a file")
     if not path.is_file():
         bundled = _BUNDLED / f"{text}.safetensors"
         known = sorted(each.stem for each in _BUNDLED.glob("*.safetensors"))
