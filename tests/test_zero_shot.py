@@ -186,6 +186,22 @@ def test_a_name_is_as_likely_as_its_vector_is_near() -> None:
     torch.testing.assert_close(names.logits[..., WATER], -names.logits[..., circle])
 
 
+def test_calibration_raises_unseen_names_when_it_is_asked_and_never_in_training() -> None:
+    namer = {"kind": "embeddings", "vectors": VECTORS, "length": 3}
+    plain = experiment(namer=namer).segmenter()
+    raised = experiment(namer={**namer, "calibration": 1.5}).segmenter()
+    raised.load_state_dict(plain.state_dict())
+    batch = collate([Withheld(scenes(2), UNSEEN)[0]], "panoptic")
+    with torch.no_grad():
+        difference = raised.eval()(batch)[1].logits - plain.eval()(batch)[1].logits
+    wanted = torch.tensor([1.5 * (name in UNSEEN) for name in WORDS.names] + [0.0])
+    torch.testing.assert_close(difference, wanted.expand_as(difference), atol=1e-5, rtol=0)
+    losses = raised.train().losses(batch)
+    sum(losses.values(), torch.zeros(())).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in raised.parameters())
+    assert raised.namer(raised.proposer(batch), batch).logits[..., STAR].isneginf().all()
+
+
 @pytest.mark.parametrize(
     ("namer", "message"),
     [
