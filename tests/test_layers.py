@@ -13,7 +13,7 @@ import maskfirst
 
 ROOT = Path(maskfirst.__file__).parent
 FLOORS = (
-    {"errors", "files", "ahead"},
+    {"errors", "files", "ahead", "batching"},
     {"frames"},
     {"types"},
     {"contracts"},
@@ -50,6 +50,8 @@ FLOORS = (
         "cost",
         "engine",
         "export",
+        "serve",
+        "publish",
     },
     {"convert"},
     {"cli"},

@@ -470,7 +470,7 @@ def predict(
             raise UserError(f"--points names places, and {option} is about masks; give one of them")
     chosen, paths = _weights_and_paths(arguments, weights)
     # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     segmenter = _loaded(chosen, engine, device, trust)
     saved = None if masks is None else _saved(masks, segmenter, blend is not None)
     segmenter = _composed(segmenter, saved, False, namer, blend, trust).to(device)
@@ -655,6 +655,57 @@ def export(
 
 
 @app.command()
+def serve(
+    weights: Annotated[str, typer.Argument(metavar="[WEIGHTS]", help="As for predict, or an .onnx file.")] = DEFAULT,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; 0.0.0.0 for all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures that go through the model together at most.", show_default=False)
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Accepted at a time; others are told to try again.")] = 32,
+    megabytes: Annotated[float, typer.Option(min=0.001, help="Of a picture's file.")] = 20,
+    megapixels: Annotated[float, typer.Option(min=0.001, help="Of a picture.")] = 25,
+    seconds: Annotated[float, typer.Option(min=0.1, help="For a request, from its first byte to its answer.")] = 60,
+    trust: Trust = False,
+) -> None:
+    """Answer pictures over HTTP, with a page for people at the same address. A key in MASKFIRST_API_KEY is asked for."""
+    import logging
+
+    try:
+        from maskfirst.serve import Limits, application, run
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}: pip install 'maskfirst[serve]'") from error
+
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    limits = Limits(
+        bytes=round(1e6 * megabytes), pixels=round(1e6 * megapixels), seconds=seconds, requests=requests, batch=batch
+    )
+    segmenter = _loaded(weights, None, _device(), trust)
+    key = os.environ.get("MASKFIRST_API_KEY")
+    if key == "":
+        raise UserError("MASKFIRST_API_KEY is empty; set a key, or unset it to ask for none")
+    name = Path(weights).name.removesuffix(".safetensors")
+    run(application(segmenter, name, limits, key), host, port, limits, lambda address: print(address, flush=True))
+
+
+@app.command()
+def publish(
+    weights: Weights,
+    destination: Annotated[str, typer.Argument(help="A folder, or hub:org/name.")],
+    half: Annotated[bool, typer.Option("--half", help="Numbers of 16 bits: half the size.")] = False,
+    licence: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For the card: the licence's identifier, such as apache-2.0.")
+    ] = None,
+) -> None:
+    """Write a model for others: one file of weights, and a card with its names, its scores and its recipe."""
+    from maskfirst.publish import publish
+
+    print(f"written: {publish(weights, destination, half=half, licence=licence)}")
+
+
+@app.command()
 def recipes(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[WORD]...", help="Those whose names have all of these in them.")
@@ -764,6 +815,12 @@ def _experiment(name: str, changes: list[str] | None) -> "Experiment":
 def _chief() -> bool:
     """Whether this process speaks for all that a run was given, however they were started."""
     return not any(int(os.environ.get(rank, 0)) for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _loaded(name: str, wanted: Engine | None, device: str, trust: bool) -> "Segmenter":

@@ -294,22 +294,26 @@ def side_by_side(
 def write_label_map(
     path: Path | str, labels: Int[Tensor, "H W"], vocabulary: Vocabulary, notes: dict[str, str] | None = None
 ) -> None:
-    """A PNG whose pixel values are the classes and whose palette has their colours; 255 (black) is void.
-
-    With more than 254 classes the PNG is grey with 16 bits a pixel, and 65535 is void. `notes`: text kept in the PNG.
-    """
+    """`label_picture` as a PNG. `notes`: text kept in it."""
     info = PngInfo()
     for name, note in (notes or {}).items():
         info.add_itxt(name, note)
-    # Void, -1, becomes the largest number of either type.
-    if len(vocabulary) > MOST_BYTE_CLASSES:
-        picture = Image.fromarray(labels.cpu().numpy().astype(np.uint16))
-    else:
-        picture = Image.fromarray(labels.cpu().numpy().astype(np.uint8))
-        picture.putpalette([v for color in vocabulary.colors for v in color] + [0] * 3 * (256 - len(vocabulary)))
     with write_aside(path) as aside:
         # Run-length matches make label maps both smaller and twice as fast to write as the default search.
-        picture.save(aside, format="PNG", pnginfo=info, compress_level=6, compress_type=3)
+        label_picture(labels, vocabulary).save(aside, "PNG", pnginfo=info, compress_level=6, compress_type=3)
+
+
+def label_picture(labels: Int[Tensor, "H W"], vocabulary: Vocabulary) -> Image.Image:
+    """A picture whose values are the classes and whose palette has their colours; 255 (black) is void.
+
+    With more than 254 classes it is grey with 16 bits a pixel, and 65535 is void.
+    """
+    # Void, -1, becomes the largest number of either type.
+    if len(vocabulary) > MOST_BYTE_CLASSES:
+        return Image.fromarray(labels.cpu().numpy().astype(np.uint16))
+    picture = Image.fromarray(labels.cpu().numpy().astype(np.uint8))
+    picture.putpalette([v for color in vocabulary.colors for v in color] + [0] * 3 * (256 - len(vocabulary)))
+    return picture
 
 
 def write_overlay(path: Path | str, picture: Image.Image) -> None:

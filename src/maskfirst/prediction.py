@@ -104,8 +104,12 @@ class Prediction:
         front = SegmentMap.of(self._front())
         return coco_panoptic.painted(front, self.vocabulary), coco_panoptic.records(front, self.vocabulary)
 
+    def labels(self) -> Image.Image:
+        """The label map with the names' colours as its palette; see `draw.label_picture`."""
+        return draw.label_picture(self.label_map(), self.vocabulary)
+
     def save(self, path: Path | str) -> None:
-        """The label map as a PNG with the names' colours, its values being classes and 255 none. Raises DiskError."""
+        """Writes `labels` as a PNG. Raises DiskError."""
         draw.write_label_map(path, self.label_map(), self.vocabulary)
 
     def _front(self, least_score: float = 0.0) -> Segments:

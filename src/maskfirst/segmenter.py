@@ -186,7 +186,7 @@ class Segmenter(nn.Module):
         cannot be read, and the rest goes on; without it the first one raises ImageError.
         """
         task = task or self.default_task
-        count = batch or self._batch
+        count = batch or self.batch
 
         def read(picture: Readable) -> UInt8[Tensor, "3 H W"]:
             return as_rgb(picture)
@@ -265,7 +265,7 @@ class Segmenter(nn.Module):
         answers: dict[int, Segments] = {}
         for canvas in dict.fromkeys(view.outer for view in views):
             for places in groups(
-                (place for place, view in enumerate(views) if view.outer == canvas), batch or self._batch
+                (place for place, view in enumerate(views) if view.outer == canvas), batch or self.batch
             ):
                 frames = [views[place] for place in places]
                 pictures = [
@@ -358,15 +358,15 @@ class Segmenter(nn.Module):
     ) -> Iterator[tuple[Frame, Proposals, Names, int]]:
         """Runs the network over the windows of one view, `batch` at a time, and yields each with its place in the pass."""
         picture = view.resized(image.to(self.device))
-        for frames in groups(self.inference.windows(view, self.proposer.multiple), self._batch):
+        for frames in groups(self.inference.windows(view, self.proposer.multiple), self.batch):
             told = [_Told(truth, key)] * len(frames)
             proposals, names = self._seen([picture] * len(frames), frames, "semantic", told)
             for index, frame in enumerate(frames):
                 yield frame, proposals, names, index
 
     @property
-    def _batch(self) -> int:
-        """Canvases a pass."""
+    def batch(self) -> int:
+        """Canvases a pass, by `inference.batch` or else by the device."""
         return self.inference.batch or (1 if self.device.type == "cpu" else 4)
 
     def _seen(

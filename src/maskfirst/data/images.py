@@ -54,6 +54,10 @@ class ImageError(UserError):
     """
 
 
+class TooLargeError(ImageError):
+    """A picture of more pixels than are taken, which was not decoded."""
+
+
 def read_image(path: Path | str, limit: int = PIXELS) -> UInt8[Tensor, "3 H W"]:
     """A picture as RGB 0..255, upright by its EXIF orientation; the first one of an animation.
 
@@ -143,7 +147,9 @@ def _decoded(file: io.BufferedIOBase, name: str, limit: int, convert: Callable[[
         image = _opened(file, head)
         width, height = image.size
         if width * height > limit:
-            raise _UnfitError(f"{width} x {height} px, more than the limit of {limit / 1e6:.4g} million; not decoded")
+            raise TooLargeError(
+                f"{name}: {width} x {height} px, more than the limit of {limit / 1e6:.4g} million; not decoded"
+            )
         _load(image)
         return convert(_upright(image), head)
 
@@ -154,6 +160,8 @@ def _converted(work: Callable[[], T], name: str) -> T:
     """What Pillow makes of a picture that is called `name`. Raises ImageError in place of all that Pillow raises."""
     try:
         return work()
+    except TooLargeError:
+        raise
     except _UnfitError as error:
         raise ImageError(f"{name}: {error}") from error
     except MemoryError as error:
