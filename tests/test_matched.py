@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskfirst.criteria import points
-from maskfirst.criteria.matched import Matched, hungarian
+from maskfirst.criteria.matched import UNKNOWN, Matched, hungarian, share_labelled
 from maskfirst.errors import UserError
 from maskfirst.types import Names, Proposals, Segments, Vocabulary
 
@@ -72,6 +72,27 @@ def test_uncertain_points_lie_where_logits_are_near_zero() -> None:
     distance = (found[0, :, 0] - 0.5).abs()
     assert (distance[:750] < 0.14).float().mean() > 0.95, "the few others lie at the border, beyond which masks are 0"
     assert 0.2 < distance[750:].mean() < 0.3
+
+
+def test_proposals_where_labels_are_withheld_teach_no_name() -> None:
+    """The left half has a label, the right half none; the proposals lie left, left, on both and right."""
+    one = Segments(torch.zeros(1, 8, 8, dtype=torch.bool), torch.tensor([2]), torch.ones(1), torch.zeros(1).bool())
+    one.masks[0, :, :4] = True
+    masks = torch.full((1, 4, 4, 4), -9.0)
+    masks[0, :2, :, :2] = masks[0, 2, :, 1:3] = masks[0, 3, :, 2:] = 9.0
+    assert share_labelled(masks[0], one).tolist() == [1.0, 1.0, 0.5, 0.0]
+    logits = torch.zeros(1, 4, 4, requires_grad=True)
+    for labelled, wanted in ((0.0, [2, 3, 3, 3]), (0.5, [2, 3, 3, UNKNOWN]), (1.0, [2, 3, UNKNOWN, UNKNOWN])):
+        criterion = Matched(VOCABULARY, points=16, labelled=labelled)
+        criterion.assign = lambda costs: (torch.tensor([0]), torch.tensor([0]))
+        assert criterion.named(masks, [(torch.tensor([0]), torch.tensor([0]))], [one])[0].tolist() == wanted
+        (slope,) = torch.autograd.grad(criterion(Proposals(masks), Names(logits), [one])["ce"], logits)
+        assert slope[0].any(1).tolist() == [each != UNKNOWN for each in wanted]
+    nothing = one[:0]
+    losses = Matched(VOCABULARY, points=16, labelled=0.5)(Proposals(masks), Names(logits), [nothing])
+    assert losses["ce"] == 0
+    with pytest.raises(UserError, match=r"labelled: 1\.5 must lie in 0..1"):
+        Matched(VOCABULARY, labelled=1.5)
 
 
 def test_costs_at_all_pixels_are_their_definitions() -> None:

@@ -21,6 +21,8 @@ from maskfirst.types import Names, Proposals, Segments, Vocabulary
 
 Pairs = tuple[Int64[Tensor, " _M"], Int64[Tensor, " _M"]]
 """Proposals, and the true segments that they are to become."""
+UNKNOWN = -100
+"""The name of proposals that teach no name: what cross-entropy leaves out."""
 HOPELESS = 1e6
 """Cost in place of one that is infinite or NaN: a broken proposal is matched last, and no training dies of it."""
 
@@ -35,10 +37,13 @@ class Matched(Criterion):
     """Mask2Former's loss, which serves every task: cross-entropy on names, and on the matched masks cross-entropy and dice.
 
     Matching and losses see masks at `points` places only: for matching at random ones, for the losses mostly at those, of
-    `oversample` times as many, where the mask is least certain (the share `importance`). Proposals left over have no object
-    as their name, with the weight `no_object` in a weighted mean. Pixels without a segment, padding among them, are outside
-    of every mask. The costs of a match weigh as the losses do unless `name_cost`, `mask_cost` or `dice_cost` say otherwise.
-    All is float32 whatever the precision of the network. `draw` and `assign` may be exchanged, to replay what was recorded.
+    `oversample` times as many, where the mask is least certain (the share `importance`). Proposals left over have no
+    object as their name, with the weight `no_object` in a weighted mean. Pixels without a segment, padding among them,
+    are outside of every mask. `labelled`: the share of a mask, 0..1, that must have labels for a proposal left over to be
+    called no object; one below lies where labels are withheld, on an unseen thing perhaps, and teaches no name. 0, as
+    published: all are. The costs of a match weigh as the losses do unless `name_cost`, `mask_cost` or `dice_cost` say
+    otherwise. All is float32 whatever the precision of the network. `draw` and `assign` may be exchanged, to replay what
+    was recorded.
     """
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "set", "points": 64}
@@ -57,6 +62,7 @@ class Matched(Criterion):
         name_cost: float | None = None,
         mask_cost: float | None = None,
         dice_cost: float | None = None,
+        labelled: float = 0.0,
     ) -> None:
         super().__init__()
         if points < 1:
@@ -65,7 +71,12 @@ class Matched(Criterion):
             raise UserError(f"oversample: {oversample} must be at least 1; 3 is usual, 1 for none")
         if not 0 <= importance <= 1:
             raise UserError(f"importance: {importance} must lie in 0..1; 0.75 is usual")
+        if not 0 <= labelled <= 1:
+            raise UserError(
+                f"labelled: {labelled} must lie in 0..1; 0.5 is usual where labels are withheld, 0 as published"
+            )
         self.points = points
+        self.labelled = labelled
         self.oversample = oversample
         self.importance = importance
         self.name_weight, self.mask_weight, self.dice_weight = name_weight, mask_weight, dice_weight
@@ -87,11 +98,9 @@ class Matched(Criterion):
         with torch.autocast(proposals.masks.device.type, enabled=False):
             masks, logits = proposals.masks.float(), names.logits.float()
             pairs = self.match(masks.detach(), logits.detach(), truth)
-            named = torch.full(logits.shape[:2], len(self.class_weights) - 1, device=logits.device)
-            for row, (queries, segments), one in zip(named, pairs, truth, strict=True):
-                row[queries] = one.classes[segments]
+            named = self.named(masks.detach(), pairs, truth)
             # A mean over no proposals would be NaN.
-            nameless = not named.numel()
+            nameless = not named.numel() or (self.labelled > 0 and bool((named == UNKNOWN).all()))
             ce = 0.0 * logits.sum() if nameless else F.cross_entropy(logits.transpose(1, 2), named, self.class_weights)
             mask, dice = self._mask_losses(masks, pairs, truth)
         count = mean_count(sum(map(len, truth)), masks.device)
@@ -100,6 +109,19 @@ class Matched(Criterion):
             "mask": proposals.weight * self.mask_weight * mask / count,
             "dice": proposals.weight * self.dice_weight * dice / count,
         }
+
+    @torch.no_grad()
+    def named(
+        self, masks: Float[Tensor, "B Q h w"], pairs: Sequence[Pairs], truth: Sequence[Segments]
+    ) -> Int64[Tensor, "B Q"]:
+        """What every proposal is to be called: its segment's class, or K for no object, or UNKNOWN."""
+        named = torch.full(masks.shape[:2], len(self.class_weights) - 1, device=masks.device)
+        if self.labelled:
+            for row, own, one in zip(named, masks, truth, strict=True):
+                row[share_labelled(own, one) < self.labelled] = UNKNOWN
+        for row, (queries, segments), one in zip(named, pairs, truth, strict=True):
+            row[queries] = one.classes[segments]
+        return named
 
     @torch.no_grad()
     def match(
@@ -144,3 +166,10 @@ class Matched(Criterion):
         mask = F.binary_cross_entropy_with_logits(x, inside, reduction="sum") / self.points
         dice = 1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)
         return mask, dice.sum()
+
+
+def share_labelled(masks: Float[Tensor, "Q h w"], truth: Segments) -> Float[Tensor, " Q"]:
+    """How much of each mask, logits, lies on pixels that some segment of the truth has; 0 for an empty mask."""
+    known = F.interpolate(truth.masks.any(0)[None, None].float(), masks.shape[-2:], mode="area")[0, 0]
+    inside = (masks > 0).to(known.dtype)
+    return (inside * known).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)

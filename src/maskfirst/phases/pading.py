@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from maskfirst import tasks
 from maskfirst.contracts import Phase, Turns
 from maskfirst.criteria.alignment import SIMILARITIES, alignment, discrepancy, divergence
-from maskfirst.criteria.matched import Matched
+from maskfirst.criteria.matched import UNKNOWN, Matched
 from maskfirst.errors import UserError, listed
 from maskfirst.namers.pading import PADing, SynthesisBranch
 from maskfirst.ops.cpu import fast_on_cpu
@@ -65,11 +65,11 @@ class LossWeights:
 
 
 Seen = tuple[Float[Tensor, "B Q D"], Int64[Tensor, "B Q"]]
-"""Queries, and what each is called, K for no object."""
+"""Queries, and what the criterion calls each."""
 
 
 class Found(NamedTuple):
-    """What the frozen network makes of a batch: the queries, what each is called (K for no object), and which are matched."""
+    """What the frozen network makes of a batch: the queries, what the criterion calls each, and which are matched."""
 
     queries: Float[Tensor, "R D"]
     named: Int64[Tensor, " R"]
@@ -165,7 +165,8 @@ class PADingPhase(Phase):
         self._check_labels(truth, batch.keys)
         queries, named = self._seen(batch, truth) if self.kept is None else self._kept(self.kept, batch, truth)
         named = named.flatten()
-        return Found(queries.flatten(0, 1), named, (named < len(self.segmenter.vocabulary)).nonzero()[:, 0])
+        matched = (named != UNKNOWN) & (named < len(self.segmenter.vocabulary))
+        return Found(queries.flatten(0, 1), named, matched.nonzero()[:, 0])
 
     def _seen(self, batch: Batch, truth: Sequence[Segments], seeds: Sequence[str] | None = None) -> Seen:
         """What the frozen network makes of pictures, matched by points that follow from `seeds`, one a picture, where given."""
@@ -185,16 +186,19 @@ class PADingPhase(Phase):
                     with torch.random.fork_rng([queries.device] if queries.is_cuda else []):
                         torch.manual_seed(int(seed[:15], 16))
                         pairs += self.criterion.match(mask[None], logit[None], [one])
-        named = torch.full(queries.shape[:2], len(self.segmenter.vocabulary), device=queries.device)
-        for row, (places, segments), one in zip(named, pairs, truth, strict=True):
-            row[places] = one.classes[segments]
-        return queries, named
+        return queries, self.criterion.named(masks, pairs, truth)
 
     def _kept(self, kept: Kept, batch: Batch, truth: Sequence[Segments]) -> Seen:
         """The same, of which only those pictures are looked at that have not been kept."""
         if self._about is None:
             criterion = self.criterion
-            costs = (criterion.points, criterion.name_cost, criterion.mask_cost, criterion.dice_cost)
+            costs = (
+                criterion.points,
+                criterion.name_cost,
+                criterion.mask_cost,
+                criterion.dice_cost,
+                criterion.labelled,
+            )
             at_rest = {**self.segmenter.proposer.state_dict(), **self.synthesis.head.state_dict(prefix="head.")}
             self._about = digest(at_rest.values(), *at_rest, costs)
         names = [
