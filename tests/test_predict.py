@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from maskfirst.ahead import ahead
-from maskfirst.data.images import read_image, read_label_map
+from maskfirst.data.images import ImageError, read_image, read_label_map
 from maskfirst.errors import UserError
 from maskfirst.files import DiskError
 from maskfirst.formats import yolo
 from maskfirst.formats.coco_instances import CocoInstances
 from maskfirst.formats.coco_panoptic import CocoPanoptic
 from maskfirst.predict import find_pictures, predict_files
+from maskfirst.segmenter import Inference
 from maskfirst.types import SegmentMap, Segments
 from threshold import VOCABULARY, Threshold
 
@@ -258,10 +259,10 @@ def test_reading_hides_behind_the_model(tmp_path, monkeypatch):
     seen = iter(range(count))
 
     class Patient(Threshold):
-        def segment(self, image, task="semantic", *, augment=False, truth=None, key=""):
+        def segment_many(self, images, task="semantic", **given):
             behind = begun[min(next(seen) + 1, count - 1)]
             assert behind.wait(60), "the next picture is not read before this one is done"
-            return super().segment(image, task, augment=augment, truth=truth)
+            return super().segment_many(images, task, **given)
 
     def watched_read(path):
         begun[int(path.stem)].set()
@@ -296,9 +297,31 @@ def test_ahead_stops_reading_when_the_caller_does():
     assert len(started) < 10
 
 
+def test_what_is_wrong_with_one_picture_of_a_pass_stays_with_it(tmp_path):
+    class Picky(Threshold):
+        def segment_many(self, images, task="semantic", **given):
+            if any(image.shape[1] == 9 for image in images):
+                raise ImageError("nine rows are too few")
+            return super().segment_many(images, task, **given)
+
+    model = Picky()
+    model.inference = Inference(batch=3)
+    for index, height in enumerate((8, 9, 8, 10)):
+        save(tmp_path / "in" / f"{index}.png", size=(height, 12))
+    (tmp_path / "in" / "4.png").write_bytes(b"no picture")
+    steps = []
+    summary = predict_files(model, [tmp_path / "in"], tmp_path / "out", progress=lambda *step: steps.append(step))
+    assert [Path(each["file"]).name for each in summary.images] == ["0.png", "2.png", "3.png"]
+    assert [(Path(each["file"]).name, each["error"].split(": ")[-1][:10]) for each in summary.failed] == [
+        ("1.png", "nine rows "),
+        ("4.png", "not a JPEG"),
+    ]
+    assert steps == [(done, 5) for done in range(1, 6)]
+
+
 def test_a_bug_in_the_model_is_no_failed_file(tmp_path):
     class Broken(Threshold):
-        def segment(self, image, task="semantic", *, augment=False, truth=None, key=""):
+        def segment_many(self, images, task="semantic", **given):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
@@ -308,8 +331,11 @@ def test_a_bug_in_the_model_is_no_failed_file(tmp_path):
 class Scene(Threshold):
     """Answers any picture with a bright square over a dark ground, and a faint bright copy of half of it."""
 
-    def segment(self, image, task="semantic", *, augment=False, truth=None, key=""):
-        super().segment(image, task, augment=augment, truth=truth)
+    def segment_many(self, images, task="semantic", **given):
+        super().segment_many(images, task, **given)
+        return [self.scene(image, task) for image in images]
+
+    def scene(self, image, task):
         masks = torch.zeros(3, *image.shape[1:], dtype=torch.bool)
         masks[0] = True
         masks[1, 5:15, 10:30] = masks[2, 5:15, 20:35] = True

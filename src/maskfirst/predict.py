@@ -3,7 +3,7 @@
 import glob
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -14,13 +14,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from maskfirst import draw
-from maskfirst.ahead import ahead
+from maskfirst.ahead import ahead, groups
 from maskfirst.data.images import IMAGE_ENDINGS, ImageError, read_image
 from maskfirst.errors import UserError, nearest
 from maskfirst.files import write_json
 from maskfirst.outputs import Found, InstanceFiles, LabelMaps, Output, PanopticFiles, Told
 from maskfirst.segmenter import Segmenter
-from maskfirst.types import SegmentMap, Vocabulary
+from maskfirst.types import SegmentMap, Segments, Vocabulary
 
 
 @dataclass
@@ -80,21 +80,22 @@ def predict_files(
     written: dict[Found, Future[dict[str, Any]]] = {}
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[dict[str, Any]]] = deque()
-        for done, (each, reading) in enumerate(ahead(lambda each: read_image(each.file), todo, workers), len(kept) + 1):
-            try:
-                image = reading.result()
-                # Reduced here, so that no masks wait in the queue.
-                answer = output.reduced(segmenter.segment(image, task, augment=augment, key=each.name))
-            except ImageError as error:
-                summary.failed.append({"file": str(each.file), "error": str(error)})
-            else:
-                job = pool.submit(writer.write, each, image, answer)
-                written[each] = job
-                waiting.append(job)
-                if len(waiting) > workers:
-                    waiting.popleft().result()
-            if progress is not None:
-                progress(done, len(found))
+        done = len(kept)
+        for group in groups(ahead(lambda each: read_image(each.file), todo, workers), segmenter.batch):
+            for each, told in _segmented(segmenter, group, task, augment):
+                if isinstance(told, ImageError):
+                    summary.failed.append({"file": str(each.file), "error": str(told)})
+                else:
+                    image, segments = told
+                    # Reduced here, so that no masks wait in the queue.
+                    job = pool.submit(writer.write, each, image, output.reduced(segments))
+                    written[each] = job
+                    waiting.append(job)
+                    if len(waiting) > workers:
+                        waiting.popleft().result()
+                done += 1
+                if progress is not None:
+                    progress(done, len(found))
     for each in found:
         if each in kept:
             summary.images.append(kept[each])
@@ -103,6 +104,33 @@ def predict_files(
     output.close()
     write_json(out / "summary.json", summary.as_json())
     return summary
+
+
+def _segmented(
+    segmenter: Segmenter, group: Sequence[tuple[Found, Future[Tensor]]], task: str, augment: bool
+) -> Iterator[tuple[Found, tuple[Tensor, Segments] | ImageError]]:
+    """Pictures that go through the model together, each with its segments, or with what is wrong with it."""
+    images: dict[Found, Tensor] = {}
+    for each, reading in group:
+        try:
+            images[each] = reading.result()
+        except ImageError as error:
+            yield each, error
+    try:
+        answers = segmenter.segment_many(
+            list(images.values()), task, augment=augment, keys=[each.name for each in images]
+        )
+    except ImageError as error:
+        # Of one, whose masks are in a file that is broken, say.
+        if len(group) == 1:
+            yield group[0][0], error
+            return
+        for one in group:
+            if one[0] in images:
+                yield from _segmented(segmenter, [one], task, augment)
+        return
+    for (each, image), segments in zip(images.items(), answers, strict=True):
+        yield each, (image, segments)
 
 
 def find_pictures(paths: Sequence[Path | str], without: Sequence[Path] = ()) -> list[Found]:
