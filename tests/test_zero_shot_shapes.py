@@ -10,8 +10,8 @@ from maskfirst.build import Experiment
 from maskfirst.recipe import load
 from maskfirst.train import train
 
-FLOORS = {"embeddings": 0.12, "pading": 0.12}
-"""Harmonic means of the IoU of seen and of unseen names; seed 0 reaches about twice as much."""
+FLOORS = {"embeddings": 0.08, "pading": 0.12}
+"""Harmonic means of the IoU of seen and of unseen names; seed 0 reached twice as much or more."""
 SMALL = [
     "size=[64, 96]",
     "data.train.data.size=[64, 96]",
