@@ -33,15 +33,31 @@ class VectorRows(nn.Module, PerClass):
         self.register_buffer("table", torch.full((names, length), float("nan")))
 
 
+class Raised(nn.Module):
+    """Calibrated stacking: the logits of names without labels are raised, as names that were trained for win too often.
+
+    Chao et al., "An Empirical Study and Analysis of Generalized Zero-Shot Learning for Object Recognition in the Wild", 2016.
+    """
+
+    amounts: Float[Tensor, " K1"]
+
+    def __init__(self, vocabulary: Vocabulary, unseen: Sequence[str], by: float) -> None:
+        super().__init__()
+        amounts = torch.tensor([by * (name in unseen) for name in vocabulary.names] + [0.0])
+        self.register_buffer("amounts", amounts, persistent=False)
+
+    def forward(self, logits: Float[Tensor, "B Q K1"]) -> Float[Tensor, "B Q K1"]:
+        return logits + self.amounts.to(logits.dtype)
+
+
 class Embeddings(Namer):
     """Cosines of the class vectors with a learned projection of the query, times a learned scale.
 
-    Whether it is an object is told by a layer of its own, from the query.
-    `width`: D of the proposer's queries. `vectors`: a file of class vectors, a bundled table, or the vectors themselves by
-    name; they are kept with the weights. `length`: numbers a vector. `unseen`: names without a label in training, by default
-    the recipe's: as long as it trains they are not among the answers, or it would learn that they never are. `calibration`:
-    what their logits are raised by when it is asked, as names that were trained for win too often (Chao et al., "An Empirical
-    Study and Analysis of Generalized Zero-Shot Learning for Object Recognition in the Wild", ECCV 2016).
+    Whether it is an object is told by a layer of its own, from the query. `width`: D of the proposer's queries. `vectors`: a
+    file of class vectors, a bundled table, or the vectors themselves by name; they are kept with the weights. `length`:
+    numbers a vector. `unseen`: names without a label in training, by default the recipe's: as long as it trains they are
+    not among the answers, or it would learn that they never are. `calibration`: what their logits are raised by when it
+    is asked, see Raised.
     """
 
     example: ClassVar[Mapping[str, Any]] = {
@@ -78,7 +94,7 @@ class Embeddings(Namer):
         self.hidden: Tensor
         self.register_buffer("hidden", torch.tensor([name in unseen for name in names]), persistent=False)
         self.filled = False
-        self.calibration = calibration
+        self.raised = Raised(vocabulary, unseen, calibration)
 
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         """Raises UserError in training without vectors."""
@@ -96,6 +112,7 @@ class Embeddings(Namer):
         with torch.autocast(proposals.queries.device.type, enabled=False):
             queries = F.normalize(self.project(proposals.queries.float()), dim=-1)
             logits = queries @ F.normalize(self.vectors.table, dim=-1).T * self.log_scale.exp()
-        raised = float("-inf") if self.training else self.calibration
-        logits = torch.where(self.hidden, logits + raised, logits)
-        return Names(torch.cat([logits, self.no_object(proposals.queries).to(logits.dtype)], -1))
+        if self.training:
+            logits = logits.masked_fill(self.hidden, float("-inf"))
+        logits = torch.cat([logits, self.no_object(proposals.queries).to(logits.dtype)], -1)
+        return Names(logits if self.training else self.raised(logits))

@@ -15,7 +15,7 @@ from maskfirst.errors import UserError, listed, nearest
 from maskfirst.formats import class_vectors
 from maskfirst.namers.class_head import ClassRows
 from maskfirst.namers.disentangling import Rebuild, Relation, part
-from maskfirst.namers.embeddings import VectorRows
+from maskfirst.namers.embeddings import Raised, VectorRows
 from maskfirst.namers.primitives import Generator
 from maskfirst.types import Batch, Names, Proposals, Vocabulary
 
@@ -115,6 +115,7 @@ class PADing(Namer, Receiver):
     first stage, whose class head knows no unseen names or never saw one, that head is also kept for the matching. `enlarge`:
     how its rows become those of all names: "by_name", no object's staying so and new names beginning at 0; or "compatible", as
     the published conversion, row by row, so that no object's becomes that of the first unseen name and no object begins at 0.
+    `calibration`: see Raised; 0 as published.
     """
 
     example: ClassVar[Mapping[str, Any]] = {"kind": "pading"}
@@ -126,8 +127,10 @@ class PADing(Namer, Receiver):
         synthesis: Synthesis | None = None,
         unseen: Sequence[str] = (),
         enlarge: Literal["by_name", "compatible"] = "by_name",
+        calibration: float = 0.0,
     ) -> None:
         super().__init__()
+        self.raised = Raised(vocabulary, unseen, calibration)
         self.linear = ClassRows(width, len(vocabulary) + 1)
         self.synthesis = None if synthesis is None else SynthesisBranch(synthesis, vocabulary, width, unseen)
         self.enlarge = enlarge
@@ -141,7 +144,8 @@ class PADing(Namer, Receiver):
     def forward(self, proposals: Proposals, batch: Batch) -> Names:
         if proposals.queries is None:
             raise NoNamesError("namer pading reads queries, and this proposer gives none; use `given` or a point namer")
-        return Names(self.linear(proposals.queries))
+        logits = self.linear(proposals.queries)
+        return Names(logits if self.training else self.raised(logits))
 
     @torch.no_grad()
     def receive(self, tensors: Mapping[str, Tensor]) -> Collection[str]:
