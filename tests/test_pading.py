@@ -28,7 +28,7 @@ from maskfirst.proposers.mask2former import Mask2Former
 from maskfirst.recipe import Recipe, RecipeError
 from maskfirst.segmenter import Segmenter
 from maskfirst.train import train
-from maskfirst.types import VOID, Batch, Proposals, Sample
+from maskfirst.types import VOID, Batch, Proposals, Sample, collate
 
 NAMES = ["red disc", "red square", "blue disc", "blue square"]
 UNSEEN = "blue square"
@@ -165,6 +165,16 @@ def test_at_test_time_it_is_a_linear_layer_alone(vectors: str) -> None:
     parts = parameters_by_part(model)
     assert parts["namer"] == sum(value.numel() for value in model.namer.linear.parameters())
     assert parts["namer.synthesis"] > parts["namer"]
+
+
+def test_calibration_raises_what_was_never_seen_when_it_is_asked(vectors: str) -> None:
+    plain, raised = (built(recipe(vectors, namer__calibration=by))[0].eval() for by in (0.0, 1.5))
+    raised.load_state_dict(plain.state_dict())
+    batch = collate([Tiles()[0]], "semantic")
+    with torch.no_grad():
+        difference = raised(batch)[1].logits - plain(batch)[1].logits
+    wanted = torch.tensor([1.5 * (name == UNSEEN) for name in NAMES] + [0.0])
+    torch.testing.assert_close(difference, wanted.expand_as(difference), atol=1e-5, rtol=0)
 
 
 def test_new_names_begin_at_nothing_and_the_head_as_the_classifier(vectors: str) -> None:
