@@ -1,5 +1,12 @@
-"""Two threads at most for every test process: the suite runs in parallel on small machines."""
+"""Two threads at most for every test process, and long tests first: the suite runs in parallel on small machines."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+LONG = "test_zero_shot_shapes.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """No process is left alone at the end with tests that take minutes."""
+    items.sort(key=lambda item: LONG not in item.nodeid)

@@ -51,7 +51,7 @@ FLOORS = (
         "engine",
         "export",
         "serve",
-        "publish",
+        "publishing",
     },
     {"convert"},
     {"cli"},

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskfirst.build import load
     from maskfirst.prediction import Prediction
-    from maskfirst.publish import publish
+    from maskfirst.publishing import publish
     from maskfirst.segmenter import Segmenter
     from maskfirst.types import Segments, Vocabulary
 
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "maskfirst.build",
     "Prediction": "maskfirst.prediction",
-    "publish": "maskfirst.publish",
+    "publish": "maskfirst.publishing",
     "Segmenter": "maskfirst.segmenter",
     "Segments": "maskfirst.types",
     "Vocabulary": "maskfirst.types",

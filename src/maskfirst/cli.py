@@ -700,7 +700,7 @@ def publish(
     ] = None,
 ) -> None:
     """Write a model for others: one file of weights, and a card with its names, its scores and its recipe."""
-    from maskfirst.publish import publish
+    from maskfirst.publishing import publish
 
     print(f"written: {publish(weights, destination, half=half, licence=licence)}")
 

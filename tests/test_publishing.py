@@ -11,7 +11,7 @@ import maskfirst
 from maskfirst import weights
 from maskfirst.build import Experiment
 from maskfirst.errors import UserError
-from maskfirst.publish import card, publish
+from maskfirst.publishing import card, publish
 from maskfirst.recipe import load
 from maskfirst.weights import WeightsError
 

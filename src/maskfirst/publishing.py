@@ -1,4 +1,4 @@
-"""Publish: a model as a folder that others load, on disk or on a hub: its weights, and a card that says what they are.
+"""Publishing: a model as a folder that others load, on disk or on a hub: its weights, and a card that says what they are.
 
 Mitchell et al., "Model Cards for Model Reporting", FAT* 2019.
 """
