@@ -138,7 +138,9 @@ def _read(path: Path, limit: int, convert: Callable[[Image.Image, bytes], T]) ->
         raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _decoded(file: io.BufferedIOBase, name: str, limit: int, convert: Callable[[Image.Image, bytes], T]) -> T:
+def _decoded(
+    file: io.BufferedReader | io.BytesIO, name: str, limit: int, convert: Callable[[Image.Image, bytes], T]
+) -> T:
     """As `_read`, of an open file that is called `name`."""
 
     def found() -> T:
@@ -176,7 +178,7 @@ class _UnfitError(ValueError):
     """A picture of a kind that is not taken."""
 
 
-def _opened(file: io.BufferedIOBase, head: bytes) -> Image.Image:
+def _opened(file: io.BufferedReader | io.BytesIO, head: bytes) -> Image.Image:
     """The picture with its header read, without its pixels.
 
     `Image.open` is not used, as it warns about large pictures by a limit that is the whole process's.
