@@ -63,7 +63,7 @@ class Prediction:
 
     @property
     def scores(self) -> Float[Tensor, " N"]:
-        """0..1; 1 for all segments of the semantic task, whose classes share the picture out."""
+        """0..1; of the semantic task the mean score of a segment's pixels, which is no probability in every model."""
         return self.segments.scores
 
     @property

@@ -50,7 +50,7 @@ function swatch(color) {
   return made;
 }
 
-// The semantic task shares the picture out, and all scores are 1.
+// Scores of the semantic task are means over pixels, and in some models no probabilities.
 const scored = (segment) => scene.task !== "semantic" || segment.score < 1;
 
 /* States */
