@@ -15,7 +15,7 @@ import maskfirst
 from maskfirst import recipe
 from maskfirst.ahead import ahead, groups
 from maskfirst.build import Experiment
-from maskfirst.data.images import ImageError, as_rgb, read_image, read_label_map
+from maskfirst.data.images import ImageError, TooLargeError, as_rgb, read_image, read_label_map
 from maskfirst.data.shapes import Shapes
 from maskfirst.formats.coco_panoptic import CocoPanoptic, PanopticWriter
 from maskfirst.prediction import Prediction
@@ -90,6 +90,12 @@ def test_an_array_is_not_looked_at_again() -> None:
 def test_what_is_no_picture_is_told_in_a_line(picture: object, told: str) -> None:
     with pytest.raises(ImageError, match=told):
         as_rgb(picture)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_picture_of_pillows_is_not_decoded_beyond_the_limit(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as lazy, pytest.raises(TooLargeError, match="40 x 30 px, more than the limit"):
+        as_rgb(lazy, 1000)
 
 
 def test_other_objects_are_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:

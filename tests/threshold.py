@@ -35,8 +35,7 @@ class Threshold(Segmenter):
         *,
         augment: bool = False,
         truth: Sequence[Segments] | None = None,
-        keys: Sequence[str] | None = None,
-        batch: int | None = None,
+        **_: object,
     ) -> list[Segments]:
         self.calls += [{"task": task, "augment": augment, "truth": each} for each in truth or [None] * len(images)]
         found = []

@@ -72,8 +72,7 @@ def _write(
     if model is not None:
         weights.check_fit(model, file)
     scores = file.scores if model is None else {}
-    tensors = file.tensors if model is None else model.state_dict()
-    weights.write(folder / HUB_FILE, tensors, file.recipe.tree, file.vocabulary, scores, half, file.source)
+    weights.save(folder / HUB_FILE, model or file.tensors, file.recipe.tree, file.vocabulary, scores, half, file.source)
     with write_aside(folder / CARD) as aside:
         aside.write_text(card(file, address, scores, licence), encoding="utf-8")
 

@@ -188,9 +188,6 @@ class Segmenter(nn.Module):
         task = task or self.default_task
         count = batch or self.batch
 
-        def read(picture: Readable) -> UInt8[Tensor, "3 H W"]:
-            return as_rgb(picture)
-
         def segmented(items: Sequence[tuple[Readable, Future[Tensor]]]) -> list[Prediction]:
             images, keys = [], []
             for picture, reading in items:
@@ -208,7 +205,7 @@ class Segmenter(nn.Module):
                 for image, segments, key in zip(images, answers, keys, strict=True)
             ]
 
-        chunks = groups(ahead(read, pictures, workers), count)
+        chunks = groups(ahead(as_rgb, pictures, workers), count)
         for _, answers in ahead(segmented, chunks, min(workers, 1)):
             yield from answers.result()
 

@@ -241,7 +241,7 @@ def application(segmenter: Segmenter, name: str, limits: Limits | None = None, k
     def ready() -> dict[str, str]:
         """Answers 200 once the model has answered its first picture."""
         if not service.warm.done() or service.warm.exception() is not None:
-            raise RefusedError(503, "not_ready", "the model is being warmed up")
+            raise RefusedError(503, "not_ready", "the model has not answered its first picture")
         return {"status": "ready"}
 
     @app.get("/metrics", include_in_schema=False)

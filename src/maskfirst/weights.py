@@ -86,33 +86,21 @@ class LoadReport:
 
 def save(
     path: Path | str,
-    segmenter: nn.Module,
+    segmenter: nn.Module | Mapping[str, Tensor],
     recipe_tree: Mapping[str, Any],
     vocabulary: Vocabulary,
     scores: Mapping[str, Any] | None = None,
     half: bool = False,
     source: str = "",
 ) -> None:
-    """Writes a model to one file, which is whole or absent. Raises DiskError where the disk refuses.
+    """Writes a model, or its tensors by name, to one file, which is whole or absent. Raises DiskError where the disk refuses.
 
     `half` stores float tensors in 16 bits, but for those with a value that 16 bits cannot hold. `source`: where the
     weights come from, in words.
     """
-    write(path, segmenter.state_dict(), recipe_tree, vocabulary, scores, half, source)
-
-
-def write(
-    path: Path | str,
-    state: Mapping[str, Tensor],
-    recipe_tree: Mapping[str, Any],
-    vocabulary: Vocabulary,
-    scores: Mapping[str, Any] | None = None,
-    half: bool = False,
-    source: str = "",
-) -> None:
-    """As `save`, of tensors by the segmenter's names."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
+    state = segmenter.state_dict() if isinstance(segmenter, nn.Module) else segmenter
     for name, tensor in state.items():
         stored = _stored(tensor, half)
         storage = stored.untyped_storage().data_ptr()

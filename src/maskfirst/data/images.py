@@ -73,14 +73,16 @@ def as_rgb(picture: Readable, limit: int = PIXELS) -> UInt8[Tensor, "3 H W"]:
     A path, or the bytes of a file; one of Pillow's; a numpy array of bytes, (H, W), (H, W, 1), (H, W, 3) or with alpha
     (H, W, 4), in the order red, green, blue; or a tensor (3, H, W) of bytes.
 
-    `limit`: the most pixels. Raises ImageError, which says what would do.
+    `limit`: the most pixels of what may not be decoded yet. Raises ImageError, which says what would do.
     """
     if isinstance(picture, (str, os.PathLike)):
         return read_image(Path(picture), limit)
     if isinstance(picture, bytes):
         return _decoded(io.BytesIO(picture), "these bytes", limit, _rgb)
     if isinstance(picture, Image.Image):
-        return _converted(lambda: _rgb(_upright(picture), b""), "this picture of Pillow's")
+        name = "this picture of Pillow's"
+        _check_size(picture, name, limit)
+        return _converted(lambda: _rgb(_upright(picture), b""), name)
     if isinstance(picture, np.ndarray):
         return _of_array(picture)
     if isinstance(picture, Tensor):
@@ -147,15 +149,19 @@ def _decoded(
         head = file.read(32)
         file.seek(0)
         image = _opened(file, head)
-        width, height = image.size
-        if width * height > limit:
-            raise TooLargeError(
-                f"{name}: {width} x {height} px, more than the limit of {limit / 1e6:.4g} million; not decoded"
-            )
+        _check_size(image, name, limit)
         _load(image)
         return convert(_upright(image), head)
 
     return _converted(found, name)
+
+
+def _check_size(image: Image.Image, name: str, limit: int) -> None:
+    width, height = image.size
+    if width * height > limit:
+        raise TooLargeError(
+            f"{name}: {width} x {height} px, more than the limit of {limit / 1e6:.4g} million; not decoded"
+        )
 
 
 def _converted(work: Callable[[], T], name: str) -> T:
