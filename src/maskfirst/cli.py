@@ -546,9 +546,9 @@ def check(
     from maskfirst.data.check import check
     from maskfirst.files import write_json
 
-    datasets = _datasets(what, changes)
+    datasets, unseen = _datasets(what, changes)
     with _bar("checking", True) as advance:
-        report = check(datasets, None if out is None else out / "sheet.png", advance)
+        report = check(datasets, None if out is None else out / "sheet.png", advance, unseen=unseen)
     if out is not None:
         write_json(out / "report.json", report.as_json())
     if as_json:
@@ -928,8 +928,8 @@ def _split(said: list[str] | None, known: Sequence[str], only: bool, as_publishe
     return SeenSplit(frozenset(unseen), only, as_published)
 
 
-def _datasets(what: str, changes: list[str] | None) -> dict[str, "Dataset"]:
-    """The splits of a recipe, or of a folder in the layout that the data set `folder` reads."""
+def _datasets(what: str, changes: list[str] | None) -> tuple[dict[str, "Dataset"], tuple[str, ...]]:
+    """The splits of a recipe, or of a folder in the layout that the data set `folder` reads, and the unseen names."""
     from maskfirst.build import SPLITS
     from maskfirst.data.folder import Folder
 
@@ -937,11 +937,10 @@ def _datasets(what: str, changes: list[str] | None) -> dict[str, "Dataset"]:
         if changes:
             raise UserError(f"check {what}: --set changes a recipe, and this is a folder; write a recipe for it")
         there = [split for split in SPLITS if Path(what, "images", split).is_dir()] or ["train"]
-        return {split: Folder(what, split=split) for split in there}
+        return {split: Folder(what, split=split) for split in there}, ()
     experiment = _experiment(what, changes)
-    return {
-        split: experiment.dataset(split) for split in SPLITS if (experiment.recipe.tree.get("data") or {}).get(split)
-    }
+    said = [split for split in SPLITS if (experiment.recipe.tree.get("data") or {}).get(split)]
+    return {split: experiment.dataset(split) for split in said}, experiment.unseen
 
 
 def _colors(vocabulary: "Vocabulary", source: str) -> list[tuple[int, int, int]]:

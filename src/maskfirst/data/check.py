@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -107,11 +107,13 @@ def check(
     sheet: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     workers: int | None = None,
+    unseen: Collection[str] = (),
 ) -> Report:
     """Looks at all pictures of these splits; `datasets` are named train, val, ... Nothing that is wrong in a file ends it.
 
     `sheet`: where to write pictures of the first split under their truth, as PNG. `progress` is told how many pictures
-    of how many are done. `workers`: threads, by default one a core. Raises files.DiskError for the sheet alone.
+    of how many are done. `workers`: threads, by default one a core. `unseen`: names that training data should not have.
+    Raises files.DiskError for the sheet alone.
     """
     looks: dict[str, list[_Look]] = {}
     tasks = {split: _tasks(dataset) for split, dataset in datasets.items()}
@@ -139,7 +141,7 @@ def check(
         pixels = _per_class(coding, looks[split])
         frequencies[split], void[split] = _frequencies(dataset.vocabulary, pixels), pixels[VOID][0]
         empty[split] = _empty(coding, looks[split])
-        problems += _absent(split, frequencies[split])
+        problems += _absent(split, frequencies[split], unseen if split == "train" else ())
     problems += _misread(datasets, looks)
     problems += _leaks(looks)
     problems += _vocabularies(datasets)
@@ -364,8 +366,8 @@ def _empty(coding: Code | None, looks: Sequence[_Look]) -> int:
     return sum(all((coding.meaning(n) if coding else n) < 0 for n, pixels in seen.items() if pixels) for seen in read)
 
 
-def _absent(split: str, frequencies: Sequence[Frequency]) -> Iterator[Problem]:
-    missing = [frequency.name for frequency in frequencies if not frequency.pixels]
+def _absent(split: str, frequencies: Sequence[Frequency], expected: Collection[str]) -> Iterator[Problem]:
+    missing = [each.name for each in frequencies if not each.pixels and each.name not in expected]
     if missing:
         yield Problem(
             "absent",
