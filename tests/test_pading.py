@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskfirst import weights
-from maskfirst.build import Experiment, load
+from maskfirst.build import MENUS, Experiment
+from maskfirst.build import load as load_model
 from maskfirst.callback import Callback
 from maskfirst.checkpoint import STATE
 from maskfirst.contracts import Dataset, Proposer
@@ -25,7 +26,7 @@ from maskfirst.namers.pading import PADing
 from maskfirst.phase import rehearse
 from maskfirst.phases.pading import PADingPhase
 from maskfirst.proposers.mask2former import Mask2Former
-from maskfirst.recipe import Recipe, RecipeError
+from maskfirst.recipe import Recipe, RecipeError, import_class
 from maskfirst.segmenter import Segmenter
 from maskfirst.train import train
 from maskfirst.types import VOID, Batch, Proposals, Sample, collate
@@ -254,6 +255,29 @@ def test_the_rows_of_a_first_stage_become_those_of_all_names(
     assert torch.equal(phase.synthesis.get_buffer("vectors.table"), VECTORS)
 
 
+@pytest.mark.parametrize("kind", ["mask2former", "eomt", "atm"])
+def test_any_proposer_of_queries_may_be_the_first_stage(kind: str, vectors: str, tmp_path: Path) -> None:
+    side = {"size": [32, 32], "augment": [{"kind": "pad", "size": [32, 32]}]}
+    proposer = dict(import_class(MENUS[Proposer][kind]).example)
+    first = recipe(None, namer={"kind": "class_head"}, proposer=proposer) | side
+    del first["phase"]
+    before = Experiment(Recipe(first, "first.yaml")).segmenter()
+    weights.save(tmp_path / "first.safetensors", before, first, before.vocabulary)
+    source = str(tmp_path / "first.safetensors")
+    tree = recipe(
+        vectors, proposer=proposer | {"freeze": True, "weights": source}, namer__weights=source, train__steps=1
+    )
+    experiment = Experiment(Recipe(tree | side, "second.yaml"))
+    train(experiment, tmp_path / "run", loggers=(), progress=False)
+    after = load_model(tmp_path / "run")
+    told = after.proposer.state_dict()
+    assert all(torch.equal(value, told[name]) for name, value in before.proposer.state_dict().items())
+    head = before.namer.get_parameter("linear.weight")
+    assert head.shape == after.namer.get_parameter("linear.weight").shape
+    assert not torch.equal(head, after.namer.get_parameter("linear.weight"))
+    assert after.segment(Tiles()[0].image, after.default_task).masks.shape[1:] == (8, 8)
+
+
 def test_a_first_stage_of_another_split_is_refused(tmp_path: Path, vectors: str) -> None:
     source = stage(tmp_path, NAMES[:2])
     with pytest.raises(
@@ -267,7 +291,7 @@ def test_weights_need_no_vectors_beside_them(tmp_path: Path, vectors: str) -> No
     model, _ = built(tree)
     weights.save(tmp_path / "all.safetensors", model, tree, model.vocabulary)
     Path(vectors).unlink()
-    again = load(tmp_path / "all.safetensors", trusted=True)
+    again = load_model(tmp_path / "all.safetensors", trusted=True)
     assert torch.equal(again.namer.get_buffer("synthesis.vectors.table"), VECTORS)
 
 
