@@ -36,8 +36,9 @@ from maskfirst.data.images import read_image
 from maskfirst.files import write_json
 from maskfirst.frames import Frame, Size
 from maskfirst.ops.cpu import fast_on_cpu
-from maskfirst.predict import find_pictures, predict_files
+from maskfirst.predict import predict_files
 from maskfirst.segmenter import Segmenter
+from maskfirst.sources.files import find_pictures
 from maskfirst.tasks import Order, read_out
 from maskfirst.types import Batch, Segments
 

@@ -19,8 +19,9 @@ from maskfirst.files import DiskError
 from maskfirst.formats import yolo
 from maskfirst.formats.coco_instances import CocoInstances
 from maskfirst.formats.coco_panoptic import CocoPanoptic
-from maskfirst.predict import find_pictures, predict_files
+from maskfirst.predict import predict_files
 from maskfirst.segmenter import Inference
+from maskfirst.sources.files import find_pictures
 from maskfirst.types import SegmentMap, Segments
 from threshold import VOCABULARY, Threshold
 

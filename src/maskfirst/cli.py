@@ -55,6 +55,13 @@ class Split(StrEnum):
     test = "test"
 
 
+class Shards(StrEnum):
+    """What files of the segments of many pictures are."""
+
+    parquet = "parquet"
+    coco = "coco"
+
+
 class Task(StrEnum):
     """What a picture is turned into."""
 
@@ -454,6 +461,24 @@ def predict(
         str | None, typer.Option(metavar="VOCABULARY", help="Take the colours of this one, such as ade20k, or a file.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier run has finished.")] = False,
+    shards: Annotated[
+        Shards | None,
+        typer.Option(
+            help="For pictures without number, also in tar and Parquet files: nothing but a file of segments for each so many, "
+            "each written once, however often this is ended and begun again."
+        ),
+    ] = None,
+    per_shard: Annotated[int | None, typer.Option(min=1, help="Pictures of a shard; 1000 by default.")] = None,
+    column: Annotated[str | None, typer.Option(help="Of pictures, in Parquet files with several.")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="That make shards, here or on --ray's cluster; on a cluster as many as it has room for."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Make shards on a Ray cluster; 'local' starts one here.")
+    ] = None,
     precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
     engine: RunBy = None,
     as_json: Json = False,
@@ -468,7 +493,50 @@ def predict(
     for wanted, option in ((masks, "--masks"), (namer, "--namer")):
         if points is not None and wanted is not None:
             raise UserError(f"--points names places, and {option} is about masks; give one of them")
+    for wanted, option in (
+        (per_shard, "--per-shard"), (column, "--column"), (processes, "--processes"), (ray, "--ray"),
+    ):  # fmt: skip
+        if shards is None and wanted is not None:
+            raise UserError(f"{option} is of shards; say --shards parquet, too, or leave it out")
     chosen, paths = _weights_and_paths(arguments, weights)
+    if shards is not None:
+        for wanted, option in (
+            (masks, "--masks"), (namer, "--namer"), (points, "--points"), (colors, "--colors"), (least_score, "--least-score"),
+            (yolo or None, "--yolo"),
+        ):  # fmt: skip
+            if wanted is not None:
+                raise UserError(f"--shards writes all segments and nothing else; leave {option} out")
+        from maskfirst.shards.run import SIZE, Crew, predict_shards
+        from maskfirst.shards.run import job as sharded
+
+        job = sharded(
+            chosen,
+            out,
+            task.value if task else None,
+            shards.value,
+            per_shard or SIZE,
+            tta,
+            trust,
+            column,
+            precision.value,
+        )
+        # What Ray prints on stdout is not what was asked for.
+        with _bar("predicting", _chief(), "shards") as advance, contextlib.redirect_stdout(sys.stderr):
+            made = predict_shards(job, paths, Crew(processes, ray), advance)
+        if not _chief():
+            return
+        if as_json:
+            _print_json(made.as_json())
+        else:
+            earlier = f", {made.kept} of them by an earlier run" if made.kept else ""
+            print(f"{made.pictures} pictures in {made.shards} shards{earlier}, by {chosen}; see {out / 'shards'}")
+        _end(
+            [
+                f"{each['source']}: {each['key']}: {each['error']}" if each["key"] else each["error"]
+                for each in made.failed
+            ]
+        )
+        return
     # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
     device = _device()
     segmenter = _loaded(chosen, engine, device, trust)
@@ -939,8 +1007,8 @@ def _datasets(what: str, changes: list[str] | None) -> tuple[dict[str, "Dataset"
         there = [split for split in SPLITS if Path(what, "images", split).is_dir()] or ["train"]
         return {split: Folder(what, split=split) for split in there}, ()
     experiment = _experiment(what, changes)
-    said = [split for split in SPLITS if (experiment.recipe.tree.get("data") or {}).get(split)]
-    return {split: experiment.dataset(split) for split in said}, experiment.unseen
+    said = experiment.recipe.tree.get("data") or {}
+    return {split: experiment.dataset(split) for split in SPLITS if said.get(split)}, experiment.unseen
 
 
 def _colors(vocabulary: "Vocabulary", source: str) -> list[tuple[int, int, int]]:
@@ -973,7 +1041,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _bar(what: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+def _bar(what: str, shown: bool, unit: str = "img") -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr with rate and time left, if that is a terminal; told (done, all)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -986,7 +1054,7 @@ def _bar(what: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
 
         def advance(done: int, total: int) -> None:
             speed = progress.tasks[task].speed
-            progress.update(task, completed=done, total=total, rate="" if speed is None else f"{speed:.3g} img/s")
+            progress.update(task, completed=done, total=total, rate="" if speed is None else f"{speed:.3g} {unit}/s")
 
         yield advance
 

@@ -19,6 +19,7 @@ from maskfirst.formats import coco_instances, coco_panoptic, rle
 from maskfirst.formats import yolo as yolo_files
 from maskfirst.formats.instances import Instances
 from maskfirst.frames import Size
+from maskfirst.sources.files import Found
 from maskfirst.types import VOID, SegmentMap, Segments, Vocabulary
 
 T = TypeVar("T")
@@ -26,26 +27,6 @@ SOURCE = "Source"
 """The note in a PNG that says what it was made from."""
 SEGMENTS = "Segments"
 """The note in a panoptic PNG that has what the JSON says of it, so that a run can be resumed."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A picture to segment. `name` of what is written for it: a path below the output folder without an ending.
-
-    `key`: what COCO's files call it.
-    """
-
-    file: Path
-    name: str
-    key: int
-
-    @property
-    def file_name(self) -> str:
-        return self.name + self.file.suffix
-
-    def source(self, task: str) -> str:
-        """What tells whether something was made of this very file, for this task."""
-        return f"{self.file}, {self.file.stat().st_size} bytes, {task}"
 
 
 @dataclass(frozen=True)

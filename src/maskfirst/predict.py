@@ -1,12 +1,10 @@
 """Pictures on disk to files of their segments, with reading and writing in the shadow of the model."""
 
-import glob
-import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import UInt8
@@ -15,11 +13,12 @@ from torch import Tensor
 
 from maskfirst import draw
 from maskfirst.ahead import ahead, groups
-from maskfirst.data.images import IMAGE_ENDINGS, ImageError, read_image
-from maskfirst.errors import UserError, nearest
+from maskfirst.data.images import ImageError, read_image
+from maskfirst.errors import UserError
 from maskfirst.files import write_json
-from maskfirst.outputs import Found, InstanceFiles, LabelMaps, Output, PanopticFiles, Told
+from maskfirst.outputs import InstanceFiles, LabelMaps, Output, PanopticFiles, Told
 from maskfirst.segmenter import Segmenter
+from maskfirst.sources.files import Found, find_pictures
 from maskfirst.types import SegmentMap, Segments, Vocabulary
 
 
@@ -131,81 +130,6 @@ def _segmented(
         return
     for (each, image), segments in zip(images.items(), answers, strict=True):
         yield each, (image, segments)
-
-
-def find_pictures(paths: Sequence[Path | str], without: Sequence[Path] = ()) -> list[Found]:
-    """The pictures that files, folders and globs stand for, each once, with a name that no other has.
-
-    Folders and globs give what ends like a picture and does not begin with a dot; what lies in the folders `without` is
-    left out. Raises UserError for a path that gives none.
-    """
-    without = [Path(os.path.realpath(folder)) for folder in without]
-    names: dict[str, tuple[Path, str]] = {}
-    for path in paths:
-        found = _below(path, without)
-        for file, name in found:
-            names.setdefault(os.path.realpath(file), (file, name))
-    found = list(names.values())
-    unique = _unique(found)
-    return [Found(file, name, key) for (file, _), name, key in zip(found, unique, _keys(unique), strict=True)]
-
-
-def _below(path: Path | str, without: Sequence[Path]) -> list[tuple[Path, str]]:
-    """The pictures of one path, each with its name below that path."""
-    place = Path(path)
-    if place.is_file():
-        return [(place, place.stem)]
-    if place.is_dir():
-        root, files = place, [Path(folder, file) for folder, _, files in os.walk(place) for file in files]
-    elif glob.has_magic(str(path)):
-        parts = list(place.parts)
-        fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-        root = Path(*parts[:fixed])
-        files = [Path(file) for file in glob.glob(str(path), recursive=True) if os.path.isfile(file)]
-    else:
-        beside = [other.name for other in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise UserError(f"{path}: no such file or folder.{nearest(place.name, beside)}")
-    files = [
-        file
-        for file in sorted(files)
-        if file.suffix.lower() in IMAGE_ENDINGS
-        and not file.name.startswith(".")
-        and not any(Path(os.path.realpath(file)).is_relative_to(folder) for folder in without)
-    ]
-    if not files:
-        raise UserError(f"{path}: no picture found here; looked for names that end in {', '.join(IMAGE_ENDINGS)}")
-    return [(file, file.relative_to(root).with_suffix("").as_posix()) for file in files]
-
-
-def _unique(found: Sequence[tuple[Path, str]]) -> list[str]:
-    """Names that stay apart on any file system: those that clash get their folder, then their ending, then a number."""
-    names = [name for _, name in found]
-
-    def clashing() -> list[int]:
-        counts = Counter(name.casefold() for name in names)
-        return [index for index, name in enumerate(names) if counts[name.casefold()] > 1]
-
-    files = {index: Path(os.path.abspath(found[index][0])) for index in clashing()}
-    root = os.path.commonpath([file.parent for file in files.values()]) if files else ""
-    for index, file in files.items():
-        names[index] = file.relative_to(root).with_suffix("").as_posix()
-    for index in clashing():
-        names[index] += found[index][0].suffix
-    taken: set[str] = set()
-    for index, name in enumerate(names):
-        number = 1
-        while names[index].casefold() in taken:
-            number += 1
-            names[index] = f"{name}-{number}"
-        taken.add(names[index].casefold())
-    return names
-
-
-def _keys(names: Sequence[str]) -> list[int]:
-    """What COCO's files call the pictures: by the number that each file is named, as COCO's are, or else 1, 2, ..."""
-    stems = [PurePosixPath(name).name for name in names]
-    numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdecimal()]
-    return numbers if len(set(numbers)) == len(names) else list(range(1, len(names) + 1))
 
 
 @dataclass(frozen=True)

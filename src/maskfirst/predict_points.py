@@ -18,9 +18,9 @@ from maskfirst.errors import UserError, nearest
 from maskfirst.files import write_aside, write_json
 from maskfirst.formats import points as tables
 from maskfirst.formats.points import Point
-from maskfirst.outputs import Found
-from maskfirst.predict import Summary, find_pictures
+from maskfirst.predict import Summary
 from maskfirst.segmenter import Segmenter
+from maskfirst.sources.files import Found, find_pictures
 from maskfirst.types import Vocabulary
 
 COLUMNS = (*tables.COLUMNS, tables.NAME, "score")
