@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 import time
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from maskfirst.predict import predict_files
 from maskfirst.segmenter import Inference
 from maskfirst.sources.files import find_pictures
 from maskfirst.types import SegmentMap, Segments
+from test_sources import frames, video
 from threshold import VOCABULARY, Threshold
 
 
@@ -498,3 +500,66 @@ def test_the_task_and_augmentation_reach_the_model(tmp_path):
     segmenter = Threshold()
     predict_files(segmenter, [save(tmp_path / "a.png")], tmp_path / "out", task="panoptic", augment=True)
     assert [(call["task"], call["augment"]) for call in segmenter.calls] == [("panoptic", True)]
+
+
+def test_videos_are_pictures_frame_by_frame(tmp_path):
+    street = video(tmp_path / "street.mp4", 12)
+    save(tmp_path / "7.png")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    out = tmp_path / "out"
+    given = [street, tmp_path / "7.png", tmp_path / "broken.mp4"]
+    summary = predict_files(Threshold(), given, out, frames=5)
+    found = [f"street/{number:06d}" for number in range(5)]
+    assert written(out) == sorted(
+        [
+            f"{folder}{name}.{ending}"
+            for name in (*found, "7")
+            for folder, ending in (("labels/", "png"), ("overlays/", "jpg"))
+        ]
+        + ["summary.json"]
+    )
+    assert [entry.get("frame") for entry in summary.images] == [0, 1, 2, 3, 4, None]
+    assert [each["file"] for each in summary.failed] == [str(tmp_path / "broken.mp4")]
+    for name, frame in zip(found, frames(street), strict=False):
+        right = Threshold().segment(torch.from_numpy(frame).permute(2, 0, 1)).label_map()
+        assert np.array_equal(read_label_map(out / f"labels/{name}.png"), right.numpy())
+    # What is there is kept, and frames that are missing are found in the middle of the video.
+    before = (out / "labels/street/000000.png").stat().st_mtime_ns
+    (out / "labels/street/000003.png").unlink()
+    again = predict_files(Threshold(), given, out, frames=5, resume=True)
+    assert (out / "labels/street/000000.png").stat().st_mtime_ns == before
+    assert again.images == summary.images
+    assert np.array_equal(
+        read_label_map(out / "labels/street/000003.png"),
+        Threshold().segment(torch.from_numpy(frames(street)[3]).permute(2, 0, 1)).label_map().numpy(),
+    )
+
+
+def test_cocos_files_tell_frames_apart(tmp_path):
+    predict_files(
+        Threshold(), [video(tmp_path / "a.mp4", 2), video(tmp_path / "b.mkv", 2)], tmp_path / "out", "panoptic"
+    )
+    coco = CocoPanoptic(tmp_path / "out" / "panoptic.json")
+    names = ["a/000000.png", "a/000001.png", "b/000000.png", "b/000001.png"]
+    assert [coco.images[key].file_name for key in (1, 2, 3, 4)] == names
+
+
+def test_a_camera_is_watched_until_it_ends_or_there_is_enough(tmp_path, monkeypatch):
+    source = ("testsrc=size=40x30:rate=5:duration=2", "lavfi")
+    monkeypatch.setattr("maskfirst.sources.video._device", lambda address: source)
+    summary = predict_files(Threshold(), ["camera:0", save(tmp_path / "5.png")], tmp_path / "some", frames=3)
+    assert [(entry["file"], entry.get("frame")) for entry in summary.images[1:]] == [("camera:0", n) for n in range(3)]
+    assert (tmp_path / "some" / "overlays" / "camera-0" / "000002.jpg").is_file()
+    assert len(predict_files(Threshold(), ["camera:0"], tmp_path / "all").images) == 10
+
+
+def test_a_camera_stops_when_it_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskfirst.sources.video._device", lambda address: ("testsrc=size=40x30:rate=5", "lavfi"))
+
+    def told(done: int, total: int) -> None:
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    summary = predict_files(Threshold(), ["camera:0"], tmp_path / "out", progress=told)
+    assert 4 <= len(summary.images) < 10
+    assert (tmp_path / "out" / "summary.json").is_file()

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from maskfirst.data.images import ImageError, as_rgb
 from maskfirst.errors import UserError
 from maskfirst.formats import segment_table
 from maskfirst.formats.coco_instances import CocoInstances
+from maskfirst.shards.manifest import Planned
+from maskfirst.shards.on_ray import Actor
 from maskfirst.shards.run import Crew, Summary, job, predict_shards
+from maskfirst.sources import Part
 from tiny_parts import VOCABULARY, experiment, recipe
 
 TESTS = Path(__file__).parent
@@ -242,6 +246,16 @@ def test_two_workers_of_ray_with_one_killed(model: str, tars: list[str], tmp_pat
     told = json.loads(ended.stdout)
     assert (told["shards"], told["kept"], told["pictures"], len(told["failed"])) == (4, 0, 8, 1)
     check(tmp_path / "out", model)
+
+
+def test_what_kills_actors_again_and_again_is_left_out(model: str, tars: list[str], tmp_path: Path) -> None:
+    given = job(model, tmp_path / "out", None, "parquet", trust=True)
+    actor = Actor(given, "run")
+    told = {"item": [json.dumps(asdict(Planned(0, Part(tars[1], 0, None), "as it is")))]}
+    assert json.loads(actor(told)["item"][0])["receipt"]["pictures"] == 2
+    actor.begun.mkdir(parents=True, exist_ok=True)
+    (actor.begun / "0").write_text("2")
+    assert "1.tar: not done: the process that did it died, 2 times" in json.loads(actor(told)["item"][0])["error"]
 
 
 def test_processes_of_torchrun_share_the_parts_out(model: str, tars: list[str], tmp_path: Path) -> None:

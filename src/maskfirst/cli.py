@@ -419,7 +419,8 @@ def predict(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="[WEIGHTS] PATH...", help=f"Weights ({DEFAULT} if none are named); files, folders and globs."
+            metavar="[WEIGHTS] PATH...",
+            help=f"Weights ({DEFAULT} if none are named); files, folders, globs, videos, camera:0.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for what is made, overlays and summary.json.")],
@@ -461,6 +462,10 @@ def predict(
         str | None, typer.Option(metavar="VOCABULARY", help="Take the colours of this one, such as ade20k, or a file.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier run has finished.")] = False,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="The first so many of each video; of a camera, which else ends with Ctrl-C."),
+    ] = None,
     shards: Annotated[
         Shards | None,
         typer.Option(
@@ -502,7 +507,7 @@ def predict(
     if shards is not None:
         for wanted, option in (
             (masks, "--masks"), (namer, "--namer"), (points, "--points"), (colors, "--colors"), (least_score, "--least-score"),
-            (yolo or None, "--yolo"),
+            (yolo or None, "--yolo"), (frames, "--frames"),
         ):  # fmt: skip
             if wanted is not None:
                 raise UserError(f"--shards writes all segments and nothing else; leave {option} out")
@@ -568,6 +573,7 @@ def predict(
             progress=advance,
             least_score=(SURE if masks is None else 0.0) if least_score is None else least_score,
             yolo=yolo,
+            frames=frames,
         )
     if as_json:
         _print_json(summary.as_json())

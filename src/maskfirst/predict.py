@@ -1,9 +1,12 @@
-"""Pictures on disk to files of their segments, with reading and writing in the shadow of the model."""
+"""Pictures on disk, videos and cameras to files of their segments, with reading and writing in the shadow of the model."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,15 @@ from torch import Tensor
 
 from maskfirst import draw
 from maskfirst.ahead import ahead, groups
-from maskfirst.data.images import ImageError, read_image
+from maskfirst.data.images import ImageError, Readable, as_rgb
 from maskfirst.errors import UserError
 from maskfirst.files import write_json
 from maskfirst.outputs import InstanceFiles, LabelMaps, Output, PanopticFiles, Told
 from maskfirst.segmenter import Segmenter
+from maskfirst.sources import Part
 from maskfirst.sources.files import Found, find_pictures
+from maskfirst.sources.video import CAMERA, Camera, Video
+from maskfirst.sources.video import ENDINGS as VIDEOS
 from maskfirst.types import SegmentMap, Segments, Vocabulary
 
 
@@ -47,13 +53,15 @@ def predict_files(
     progress: Callable[[int, int], None] | None = None,
     least_score: float = draw.SURE,
     yolo: bool = False,
+    frames: int | None = None,
 ) -> Summary:
     """Writes what `task` asks for (see `outputs`), `overlays/NAME.jpg` and `summary.json` into the folder `out`.
 
-    `paths`: files, folders (with all below) and globs. `opacity` 0..1 and `colors`, (r, g, b) one a class in place of the
-    vocabulary's, are the overlays'. `workers`: threads that read, and as many that write. `resume` keeps what an earlier
-    run with the same model has finished. `augment`: test-time augmentation. `progress` is told (done, all) pictures.
-    Instances below `least_score`, 0..1, are in COCO's file only. `yolo`: instances as YOLO's polygons, too.
+    `paths`: files, folders (with all below) and globs; videos by name and cameras (`camera:0`), frame by frame, the first
+    `frames` of each. A camera without that ends with SIGINT, as by Ctrl-C, or SIGTERM. `opacity` 0..1 and `colors`, (r, g, b)
+    one a class in place of the vocabulary's, are the overlays'. `workers`: threads that read, and as many that write. `resume`
+    keeps what an earlier run with the same model has finished. `augment`: test-time augmentation. `progress` is told (done,
+    all) pictures. Instances below `least_score`, 0..1, are in COCO's file only. `yolo`: instances as YOLO's polygons, too.
     A file that cannot be read is listed in the summary's `failed`; the rest is done.
     Raises UserError where there is nothing to read or the task is not the model's, DiskError where `out` cannot be written.
     """
@@ -63,7 +71,11 @@ def predict_files(
             "whose names these weights should better (predict OTHER --namer THESE)"
         )
     out = Path(out)
-    found = find_pictures(paths, [out / folder for folder in ("labels", "panoptic", "overlays")])
+    summary = Summary()
+    cameras = [str(path) for path in paths if str(path).startswith(CAMERA)]
+    files = [path for path in paths if str(path) not in cameras]
+    own = [out / folder for folder in ("labels", "panoptic", "overlays")]
+    found = _with_frames(find_pictures(files, own) if files else [], frames, summary, bool(cameras))
     vocabulary = segmenter.vocabulary if colors is None else replace(segmenter.vocabulary, colors=tuple(colors))
     output: Output[Any]
     if yolo and task != "instance":
@@ -73,15 +85,15 @@ def predict_files(
     else:
         output = PanopticFiles(out, vocabulary) if task == "panoptic" else LabelMaps(out, vocabulary)
     writer = _Writer(out, vocabulary, output, overlays, opacity)
-    summary = Summary()
     kept = {each: entry for each in found if (entry := writer.finished(each))} if resume else {}
     todo = [each for each in found if each not in kept]
     written: dict[Found, Future[dict[str, Any]]] = {}
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, _watched(cameras, frames, found) as shown:
         waiting: deque[Future[dict[str, Any]]] = deque()
         done = len(kept)
-        for group in groups(ahead(lambda each: read_image(each.file), todo, workers), segmenter.batch):
-            for each, told in _segmented(segmenter, group, task, augment):
+        for group in groups(ahead(_decoded, chain(_read(todo), shown), workers), segmenter.batch):
+            given = [(each, reading) for (each, _), reading in group]
+            for each, told in _segmented(segmenter, given, task, augment):
                 if isinstance(told, ImageError):
                     summary.failed.append({"file": str(each.file), "error": str(told)})
                 else:
@@ -103,6 +115,71 @@ def predict_files(
     output.close()
     write_json(out / "summary.json", summary.as_json())
     return summary
+
+
+def _with_frames(found: Sequence[Found], most: int | None, summary: Summary, among: bool) -> list[Found]:
+    """The frames of videos in their place; those that cannot be read are in the summary instead.
+
+    Keys are the pictures' own where all are files, and there are none `among` cameras.
+    """
+    opened: list[Found] = []
+    for each in found:
+        if each.file.suffix.lower() not in VIDEOS:
+            opened.append(each)
+            continue
+        try:
+            count = sum(part.count or 0 for part in Video(each.file).parts(sys.maxsize))
+        except UserError as error:
+            summary.failed.append({"file": str(each.file), "error": str(error)})
+            continue
+        opened += [replace(each, name=f"{each.name}/{frame:06d}", frame=frame) for frame in range(count)[:most]]
+    pictures = all(each.frame is None for each in opened) and not among
+    return opened if pictures else [replace(each, key=key) for key, each in enumerate(opened, 1)]
+
+
+def _read(found: Sequence[Found]) -> Iterator[tuple[Found, Readable | ImageError]]:
+    """Files by their paths, and frames, those of a video one after the other."""
+    for (file, of_video), group in groupby(found, lambda each: (each.file, each.frame is not None)):
+        if not of_video:
+            yield from ((each, file) for each in group)
+            continue
+        wanted = {each.frame: each for each in group}
+        first, last = min(wanted), max(wanted)
+        for number, item in enumerate(Video(file).read(Part(str(file), first, last - first + 1)), first):
+            if number in wanted:
+                yield wanted[number], item.picture
+
+
+@contextmanager
+def _watched(
+    cameras: Sequence[str], most: int | None, found: list[Found]
+) -> Iterator[Iterator[tuple[Found, Readable | ImageError]]]:
+    """Frames as they come, each added to what is found; none any more once the process is told to stop."""
+    if not cameras:
+        yield iter(())
+        return
+    # Here, as it imports Fabric, which takes as long as a first picture.
+    from maskfirst.ranks import StopSignals
+
+    with StopSignals() as stop:
+
+        def frames() -> Iterator[tuple[Found, Readable | ImageError]]:
+            for camera in cameras:
+                for number, item in enumerate(Camera(camera, most).frames()):
+                    name = f"{camera.replace(':', '-')}/{item.name}"
+                    found.append(Found(Path(camera), name, len(found) + 1, number))
+                    yield found[-1], item.picture
+                    if stop.received is not None:
+                        return
+
+        yield frames()
+
+
+def _decoded(given: tuple[Found, Readable | ImageError]) -> Tensor:
+    picture = given[1]
+    if isinstance(picture, ImageError):
+        raise picture
+    return as_rgb(picture)
 
 
 def _segmented(
@@ -166,6 +243,7 @@ class _Writer:
         shares = draw.largest_first(told.shares)
         entry = {
             "file": str(found.file),
+            **({} if found.frame is None else {"frame": found.frame}),
             **self.output.files(found),
             "overlay": self._name(found) if self.overlays else None,
             "height": told.size[0],

@@ -13,10 +13,8 @@ import torch
 
 from maskfirst.errors import UserError
 from maskfirst.shards.manifest import Planned
-from maskfirst.shards.worker import Job, Outcome, Worker
+from maskfirst.shards.worker import TRIES, Job, Outcome, Worker
 
-TRIES = 2
-"""Times that a part is begun, where the process that does it dies."""
 DEAD = 3
 """Processes that die one after the other, with nothing done between, after which all ends."""
 

@@ -4,13 +4,17 @@ Moritz et al., "Ray: A Distributed Framework for Emerging AI Applications", OSDI
 """
 
 import json
+import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from maskfirst.errors import UserError
+from maskfirst.files import write_aside
 from maskfirst.shards.manifest import Planned
-from maskfirst.shards.worker import Job, Outcome, Worker
+from maskfirst.shards.worker import TRIES, Job, Outcome, Worker
 
 LOCAL = "local"
 """In place of an address: a cluster of this machine, which ends with this process."""
@@ -19,14 +23,29 @@ LOCAL = "local"
 class Actor:
     """A worker as Ray Data wants it: a batch of one part becomes one of its outcome, both as JSON."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, run: str) -> None:
+        """`run`: what the attempts of this run are told from those of others by."""
         import torch
 
         self.worker = Worker(job, "cuda" if torch.cuda.is_available() else "cpu")
+        self.begun = Path(job.out) / "begun" / run
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        (planned,) = batch["item"]
-        return {"item": [json.dumps(asdict(self.worker.attempt(Planned.of(json.loads(planned)))))]}
+        (told,) = batch["item"]
+        return {"item": [json.dumps(asdict(self._attempt(Planned.of(json.loads(told)))))]}
+
+    def _attempt(self, planned: Planned) -> Outcome:
+        # Ray begins what has killed an actor again and again, so that it is counted where the next one sees it.
+        begun = self.begun / str(planned.number)
+        tries = int(begun.read_text()) if begun.is_file() else 0
+        if tries == TRIES:
+            sentence = f"{planned.part.source}: not done: the process that did it died, {TRIES} times"
+            return Outcome(planned.number, error=sentence)
+        with write_aside(begun) as aside:
+            aside.write_text(str(tries + 1))
+        outcome = self.worker.attempt(planned)
+        begun.unlink()
+        return outcome
 
 
 def on_ray(job: Job, parts: Sequence[Planned], address: str, count: int | None) -> Iterator[Outcome]:
@@ -40,7 +59,7 @@ def on_ray(job: Job, parts: Sequence[Planned], address: str, count: int | None) 
         import ray.data
     except ImportError as error:
         raise UserError("--ray needs Ray: pip install 'maskfirst[scale]'") from error
-    local = address == LOCAL
+    local, run = address == LOCAL, uuid.uuid4().hex
     try:
         ray.init(address="local" if local else address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -54,7 +73,7 @@ def on_ray(job: Job, parts: Sequence[Planned], address: str, count: int | None) 
         table = data.from_items([{"item": json.dumps(asdict(each))} for each in parts], override_num_blocks=len(parts))
         done = table.map_batches(
             Actor,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(job, run),
             batch_size=1,
             concurrency=hired,
             num_cpus=0 if gpus else 1,
@@ -63,4 +82,5 @@ def on_ray(job: Job, parts: Sequence[Planned], address: str, count: int | None) 
         for row in done.iter_rows():
             yield Outcome.of(json.loads(row["item"]))
     finally:
+        shutil.rmtree(Path(job.out) / "begun" / run, ignore_errors=True)
         ray.shutdown()

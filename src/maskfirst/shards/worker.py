@@ -24,6 +24,8 @@ from maskfirst.sources.opened import open_source
 
 IDS = 10_000_000
 """COCO's numbers of a shard's pictures begin at this times its own."""
+TRIES = 2
+"""Times that a part is begun, where the process that does it dies."""
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,30 @@ from maskfirst.data.images import IMAGE_ENDINGS
 from maskfirst.errors import UserError, nearest
 from maskfirst.sources import Item, Part, Source, runs, stamp
 
+FRAME = ".png"
+"""The ending by which COCO's files call a frame, which is no file of its own."""
+
 
 @dataclass(frozen=True)
 class Found:
     """A picture to segment. `name` of what is written for it: a path below the output folder without an ending.
 
-    `key`: what COCO's files call it.
+    `key`: what COCO's files call it. `frame`: its number, where the file is a video or a camera.
     """
 
     file: Path
     name: str
     key: int
+    frame: int | None = None
 
     @property
     def file_name(self) -> str:
-        return self.name + self.file.suffix
+        return self.name + (self.file.suffix if self.frame is None else FRAME)
 
     def source(self, task: str) -> str:
         """What tells whether something was made of this very file, for this task."""
-        return f"{self.file}, {self.file.stat().st_size} bytes, {task}"
+        size = f", {self.file.stat().st_size} bytes" if self.file.is_file() else ""
+        return f"{self.file}{size}{'' if self.frame is None else f', frame {self.frame}'}, {task}"
 
 
 def find_pictures(paths: Sequence[Path | str], without: Sequence[Path] = ()) -> list[Found]:
