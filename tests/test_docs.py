@@ -206,6 +206,11 @@ def test_python(scratch: Path) -> None:
     assert read_image("labels.png").shape == (3, 192, 256)
 
 
+def test_scale(scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_page("docs/scale.md", monkeypatch) == 3
+    assert "Instances(" in capsys.readouterr().out
+
+
 def test_zero_shot(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_page("docs/zero-shot.md", monkeypatch) == 3
 

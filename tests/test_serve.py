@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class Client:
         self.port = port
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Reply:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             answer = connection.getresponse()
@@ -392,9 +393,20 @@ def test_a_port_that_is_taken_is_told() -> None:
         listen("127.0.0.1", listener.getsockname()[1])
 
 
-def test_told_to_stop_it_finishes_what_it_has_accepted() -> None:
+def loaded(client: Client, process: int, bodies: list[bytes], count: int) -> float:
+    """Asks so often, eight at a time, and returns the MiB that the server has then."""
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(client.post, "/predict", bodies[index % len(bodies)]) for index in range(count)]
+        found = [each.result().status for each in asked]
+    assert found == [400 if bodies[index % len(bodies)] == b"no picture" else 200 for index in range(count)]
+    told = Path(f"/proc/{process}/status")
+    pages = re.search(r"VmRSS:\s+(\d+) kB", told.read_text()) if told.is_file() else None
+    return int(pages[1]) / 1024 if pages else 0.0
+
+
+def test_under_load_it_does_not_grow_and_told_to_stop_it_finishes_what_it_has_accepted() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", "from maskfirst.cli import main; main()", "serve", "--port", "0"],
+        [sys.executable, "-c", "from maskfirst.cli import main; main()", "serve", "--port", "0", "--seconds", "600"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -406,6 +418,10 @@ def test_told_to_stop_it_finishes_what_it_has_accepted() -> None:
         address = process.stdout.readline().strip()
         client = Client(int(address.rpartition(":")[2]))
         until(lambda: client.ask("GET", "/ready").status == 200)
+        # Eight clients at a time, broken pictures among theirs; what it needs does not grow.
+        small = encoded(SCENE[0].image[:, :48, :64])
+        grown = [loaded(client, process.pid, [small, small, b"no picture", small], 40) for _ in range(3)]
+        assert grown[-1] - grown[0] < 32
         big = encoded(SCENE[0].image.repeat(1, 12, 12))
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(client.post, "/predict", big) for _ in range(3)]
@@ -415,6 +431,6 @@ def test_told_to_stop_it_finishes_what_it_has_accepted() -> None:
         process.wait(60)
         log = process.stderr.read()
     assert process.returncode in (0, -signal.SIGTERM)
-    assert len(re.findall(r"[0-9a-f]{32} POST /predict 200 \d+ ms", log)) == 3
+    assert len(re.findall(r"[0-9a-f]{32} POST /predict 200 \d+ ms", log)) == 3 + 90
     with pytest.raises(ConnectionRefusedError):
         client.ask("GET", "/health")
