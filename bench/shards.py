@@ -1,8 +1,8 @@
 """Many pictures beside the bare model: `python -m bench.shards`, saved with the hardware.
 
-Scenes of 360 x 480 px, as JPEGs in a folder and in tars, are segmented by `maskfirst predict camvid-small` to label maps, and to
-Parquet shards by one process and two, and by one actor of Ray and two. Told are pictures a second, of all that a command takes, as
-a share of what the bare model does in a loop of one thread around it. Needs two idle cores for figures that compare.
+Scenes of 360 x 480 px, as JPEGs in a folder and in tars, are segmented by `maskfirst predict camvid-small` to label maps, and
+to Parquet shards by one process and two, and by one actor of Ray and two. Told are pictures a second, of all that a command
+takes, as a share of what the bare model does in a loop of one thread around it. Needs two idle cores for figures that compare.
 """
 
 import io
@@ -50,7 +50,9 @@ def main() -> None:
             for number in range(given.repeats):
                 before = bare(model, image)
                 source = sorted(map(str, place.glob("*.tar"))) if SHARDED[0] in more else [str(place / "pictures")]
-                rates.append(given.pictures / seconds([MODEL, *source, "--out", str(place / f"{name} {number}"), *more]))
+                rates.append(
+                    given.pictures / seconds([MODEL, *source, "--out", str(place / f"{name} {number}"), *more])
+                )
                 shares.append(2 * rates[-1] / (before + bare(model, image)))
             told[name] = {
                 "share": round(statistics.median(shares), 3),
@@ -92,7 +94,9 @@ def seconds(arguments: list[str]) -> float:
     """That a command takes, from its start to its end."""
     command = [sys.executable, "-c", "from maskfirst.cli import main; main()", "predict", *arguments, "--json"]
     start = time.perf_counter()
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     took = time.perf_counter() - start
     assert not json.loads(ended.stdout)["failed"]
     return took
