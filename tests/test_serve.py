@@ -420,7 +420,7 @@ def test_under_load_it_does_not_grow_and_told_to_stop_it_finishes_what_it_has_ac
         until(lambda: client.ask("GET", "/ready").status == 200)
         # Eight clients at a time, broken pictures among theirs; what it needs does not grow.
         small = encoded(SCENE[0].image[:, :48, :64])
-        grown = [loaded(client, process.pid, [small, small, b"no picture", small], 40) for _ in range(3)]
+        grown = [loaded(client, process.pid, [small, small, b"no picture", small], 24) for _ in range(3)]
         assert grown[-1] - grown[0] < 32
         big = encoded(SCENE[0].image.repeat(1, 12, 12))
         with ThreadPoolExecutor(3) as pool:
@@ -431,6 +431,6 @@ def test_under_load_it_does_not_grow_and_told_to_stop_it_finishes_what_it_has_ac
         process.wait(60)
         log = process.stderr.read()
     assert process.returncode in (0, -signal.SIGTERM)
-    assert len(re.findall(r"[0-9a-f]{32} POST /predict 200 \d+ ms", log)) == 3 + 90
+    assert len(re.findall(r"[0-9a-f]{32} POST /predict 200 \d+ ms", log)) == 3 + 54
     with pytest.raises(ConnectionRefusedError):
         client.ask("GET", "/health")
