@@ -2,8 +2,8 @@
 
 A scene of 360 x 480 px as a JPEG goes to `maskfirst serve camvid-small` from 1, 8 and 64 clients, each of which asks again as
 soon as it is answered. Told are pictures a second as a share of what the bare model does in a loop, measured before and after
-each, how long answers take, and the server's memory while it answers `--requests`. Needs two idle cores for figures that
-compare, and some minutes.
+each, how long answers take, and the server's memory while it answers `--requests` of a smaller scene. Needs two idle cores for
+figures that compare, and some minutes.
 """
 
 import io
@@ -27,7 +27,7 @@ from maskfirst.draw import to_picture
 from maskfirst.files import write_json
 from maskfirst.segmenter import Segmenter
 
-MODEL, SIZE = "camvid-small", (360, 480)
+MODEL, SIZE, SMALLER = "camvid-small", (360, 480), (90, 120)
 CLIENTS = (1, 8, 64)
 
 
@@ -39,18 +39,15 @@ def main() -> None:
     given = parser.parse_args()
     settle(given)
     image = Shapes("val", 1, SIZE)[0].image
-    file = io.BytesIO()
-    to_picture(image).save(file, "JPEG", quality=92)
+    body, smaller = encoded(image), encoded(Shapes("val", 1, SMALLER)[0].image)
     model = build.load(MODEL)
     told: dict[str, Any] = {}
     with served(given.threads) as (port, process):
         for clients in CLIENTS:
-            rounds = [
-                round_of(model, image, port, file.getvalue(), clients, given.seconds) for _ in range(given.repeats)
-            ]
+            rounds = [round_of(model, image, port, body, clients, given.seconds) for _ in range(given.repeats)]
             told[f"{clients} clients"] = middle(rounds)
             print(f"{clients:>3} clients: {told[f'{clients} clients']}", flush=True)
-        memory = watched(port, file.getvalue(), process.pid, given.requests)
+        memory = watched(port, smaller, process.pid, given.requests)
     print(f"memory, MiB, over {given.requests} requests: {memory}")
     checks = [
         Check("share of the bare model's rate with 8 clients", told["8 clients"]["share"], 0.9, most=False),
@@ -60,6 +57,13 @@ def main() -> None:
     if given.out:
         content = {"model": MODEL, "size": SIZE, "clients": told, "memory_mib": memory, "requests": given.requests}
         write_json(given.out, {"hardware": hardware(), **content, "checks": [each.as_json() for each in checks]})
+
+
+def encoded(image: Any) -> bytes:
+    """As a JPEG."""
+    file = io.BytesIO()
+    to_picture(image).save(file, "JPEG", quality=92)
+    return file.getvalue()
 
 
 @contextmanager
