@@ -1,9 +1,10 @@
-"""Models as graphs that are their models; what is not, or no longer, is refused in a line."""
+"""Every part of the menus in a graph that is its model; what is not, or no longer, is refused in a line."""
 
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 import maskfirst.export as verb
 from maskfirst import build, cli, engine, graphs, weights
 from maskfirst.build import MENUS, Experiment
-from maskfirst.contracts import Dataset, Namer, Proposer
+from maskfirst.contracts import Backbone, Dataset, Namer, Proposer, Trunk
 from maskfirst.data.shapes import Shapes
 from maskfirst.data.vocabulary import from_names
 from maskfirst.errors import UserError
 from maskfirst.export import export
-from maskfirst.frames import Size
+from maskfirst.frames import Size, up_to_multiple
 from maskfirst.graphs import Facts, GraphError
 from maskfirst.parity import LEAST_IOU, LEAST_MASKS, Parity, Picture, compare
 from maskfirst.recipe import Recipe, import_class
@@ -30,39 +31,113 @@ from maskfirst.types import Sample, Segments
 from test_contracts import BACKBONES, NAMES, SIDE, TRUNKS, sample
 
 VIT_P = import_class(MENUS[Namer]["vit_p"]).example
-TAPS = {"kind": "taps", "depths": [0, 1, 2]}
+CANVAS = (SIDE, 45)
 
 
 def kind(contract: type, name: str, **changes: Any) -> dict[str, Any]:
     return {**import_class(MENUS[contract][name]).example, **changes}
 
 
+def backbone(name: str, **changes: Any) -> dict[str, Any]:
+    return {"kind": name, **BACKBONES[name], **changes}
+
+
+def taps(trunk: str, *depths: int) -> dict[str, Any]:
+    """Maps of a trunk that ends with the last of them."""
+    return {"kind": "taps", "trunk": {**TRUNKS[trunk], "depth": depths[-1] + 1}, "depths": list(depths)}
+
+
 def dense(name: str, **changes: Any) -> dict[str, Any]:
     """The linear head on a backbone."""
-    return kind(Proposer, "dense", backbone={"kind": name, **BACKBONES[name], **changes})
+    return kind(Proposer, "dense", backbone=backbone(name, **changes))
 
 
-def dense_trunk(trunk: Mapping[str, Any]) -> dict[str, Any]:
-    return kind(Proposer, "dense", backbone={**TAPS, "trunk": dict(trunk)})
+@dataclass(frozen=True)
+class Model:
+    """What is exported. `answer`: the task whose answer its graph gives, too. `any_size`: whether its graph takes canvases of
+    any size; tracing one costs three times as much, so that most are for one size."""
+
+    proposer: Mapping[str, Any]
+    namer: Mapping[str, Any]
+    answer: str | None = None
+    any_size: bool = False
 
 
 GIVEN, HEAD = kind(Namer, "given"), kind(Namer, "class_head")
-MODELS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str | None]] = {
-    "atm": (kind(Proposer, "atm"), HEAD, "semantic"),
-    "blend": (dense_trunk(TRUNKS["uni_perceiver"]), kind(Namer, "blend", first=GIVEN), None),
-    "vit_p": (kind(Proposer, "oracle"), VIT_P, None),
-    "stem_vit": (dense("stem_vit"), GIVEN, None),
-}  # fmt: skip
-"""Proposer, namer, and the task whose answer its graph gives, too."""
+EOMT = kind(Proposer, "eomt")
+ADAPTER = backbone(
+    "adapter",
+    trunk=taps("vit", 0)["trunk"],
+    interactions=[[0, 0]],
+    extra_extractors=0,
+    add_trunk=False,
+    points=1,
+)
+MODELS: Mapping[str, Model] = {
+    "atm": Model(kind(Proposer, "atm"), HEAD, "semantic", any_size=True),
+    "atm_single": Model(kind(Proposer, "atm_single", backbone=taps("beit", 0)), kind(Namer, "embeddings")),
+    "atm_shrunk": Model(kind(Proposer, "atm_shrunk"), HEAD),
+    "eomt": Model({**EOMT, "trunk": {**EOMT["trunk"], "depth": 2}, "blocks": 1}, kind(Namer, "among"), "instance"),
+    "mask2former": Model(kind(Proposer, "mask2former", decoder_layers=1, points=1), kind(Namer, "pading"), "panoptic"),
+    "oneformer": Model(
+        kind(
+            Proposer,
+            "oneformer",
+            backbone=backbone("internimage", depths=[1, 1, 1, 1]),
+            encoder_layers=0,
+            decoder_layers=1,
+        ),
+        HEAD,
+    ),
+    "upernet": Model(kind(Proposer, "upernet", backbone=ADAPTER, pools=[2]), GIVEN, "semantic"),
+    "blend": Model(dense("simple_pyramid", backbone=taps("uni_perceiver", 0)), kind(Namer, "blend", first=GIVEN)),
+    "vit_p": Model(kind(Proposer, "oracle"), VIT_P, any_size=True),
+    "stem_vit": Model(dense("stem_vit"), GIVEN, any_size=True),
+    "deconv_pyramid": Model(dense("deconv_pyramid", backbone=taps("vit", 0, 1, 2, 3)), GIVEN),
+    "dinat": Model(dense("dinat", depths=[1, 1, 1, 1], dilations=[[2], [1], [1], [1]]), GIVEN),
+}
+"""Every kind of the menus of proposers, namers, backbones and trunks is in one of them, or in REFUSED."""
+REFUSED: Mapping[tuple[type, str], tuple[str, str, str]] = {
+    (Proposer, "saved"): (
+        "saved",
+        "given",
+        "proposer saved is told the masks, and nothing is left that a graph could do",
+    ),
+    (Proposer, "oracle"): (
+        "oracle",
+        "given",
+        "proposer oracle is told the masks, and nothing is left that a graph could do",
+    ),
+    (Namer, "oracle"): ("dense", "oracle", "namer oracle is told the truth, which no graph is; take another namer"),
+}
+"""Kinds without a graph, those of known masks unless points name these: a proposer and a namer with it, and what is said."""
+PARTS: Mapping[str, type] = {
+    "backbone": Backbone,
+    "trunk": Trunk,
+    "namer": Namer,
+    "first": Namer,
+    "second": Namer,
+}
+
+
+def kinds(contract: type, tree: Mapping[str, Any]) -> set[tuple[type, str]]:
+    """Of a part and of all within it."""
+    within = (kinds(PARTS[key], node) for key, node in tree.items() if key in PARTS)
+    return {(contract, tree["kind"])}.union(*within)
+
+
+def test_every_kind_is_exported() -> None:
+    exported = set().union(*(kinds(Proposer, each.proposer) | kinds(Namer, each.namer) for each in MODELS.values()))
+    menus = {(contract, name) for contract in (Proposer, Namer, Backbone, Trunk) for name in MENUS[contract]}
+    assert exported | set(REFUSED) == menus
 
 
 def model(name: str) -> tuple[Segmenter, Recipe]:
-    proposer, namer, _ = MODELS[name]
     tree = {
         "size": [SIDE, SIDE],
         "vocabulary": NAMES,
-        "proposer": proposer,
-        "namer": namer,
+        "proposer": MODELS[name].proposer,
+        "namer": MODELS[name].namer,
         "criterion": kind_of_loss(),
     }
     torch.manual_seed(0)
@@ -82,21 +157,23 @@ def noise(size: Size, truth: bool = False, count: int = 24) -> list[Picture]:
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_exported_and_run(name: str, tmp_path: Path) -> None:
     segmenter, recipe = model(name)
-    answer, out = MODELS[name][2], tmp_path / "model.onnx"
-    found = export(segmenter, recipe, out, noise((SIDE, 45), segmenter.uses_truth), "semantic", answer=answer)
+    answer, any_size, out = MODELS[name].answer, MODELS[name].any_size, tmp_path / "model.onnx"
+    pictures, size = noise(CANVAS, segmenter.uses_truth), None if any_size else CANVAS
+    found = export(segmenter, recipe, out, pictures, "semantic", size=size, answer=answer)
     assert not found.parity.faults
     assert found.parity.masks >= LEAST_MASKS
-    assert "alone" not in found.sentence
+    assert ("alone" in found.sentence) != any_size
     assert [file.name for file in found.files] == ["model.onnx", *(["model.points.onnx"] if name == "blend" else [])]
     assert {file.name for file in tmp_path.iterdir()} == {*(file.name for file in found.files), "model.onnx.json"}
     operators = {node.op_type for file in found.files for node in onnx.load(file).graph.node}
     assert "GridSample" not in operators
-    # Another size, and more pictures at once than it was traced with.
+    # Another size where it takes one, and more pictures at once than it was traced with.
     masks, points = graphs.networks(segmenter, answer)
     network = masks or points
     assert network is not None
     multiple = segmenter.proposer.multiple
-    seen = VIT_P["size"] if masks is None else (2 * multiple, 3 * multiple)
+    canvas = (2 * multiple, 3 * multiple) if any_size else up_to_multiple(CANVAS, multiple)
+    seen = VIT_P["size"] if masks is None else canvas
     given = [torch.cat([each, each[:1]]) for each in graphs.example(network, (seen[0], seen[1]))]
     with torch.inference_mode():
         right = network(*given)
@@ -257,6 +334,86 @@ def test_other_numbers_tell_what_they_lose(
     assert engine.load(out).segment(trained.pictures[0].image).masks.any()
 
 
+LARGE = 2**14
+"""Bytes of weights from which on graphs have them beside in these tests; below those of the bundled model."""
+
+
+def apart(trained: Trained, path: Path) -> Path:
+    """A copy of the bundled model's graph with its weights beside it."""
+    verb._save(onnx.load(trained.file), path, LARGE)
+    return path
+
+
+def test_weights_that_are_too_large_for_a_graph_lie_beside_it(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file of that name in the folder one works in is no concern of others.
+    monkeypatch.chdir(tmp_path)
+    out, data = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    given = (trained.segmenter, trained.recipe, out, trained.pictures, "semantic")
+    for _ in range(2):
+        written(trained, lambda path: apart(trained, path), monkeypatch)
+        found = export(*given)
+        assert found.files == (out, data)
+        assert {file.name for file in tmp_path.iterdir()} == {out.name, data.name, "model.onnx.json"}
+        assert data.stat().st_size > 3 * out.stat().st_size
+        assert data.stat().st_size + out.stat().st_size < 1.1 * trained.file.stat().st_size
+    image = trained.pictures[0].image
+    assert torch.equal(engine.load(out).segment(image).masks, engine.load(trained.file).segment(image).masks)
+    whole = data.read_bytes()
+    for left, words in {
+        None: r"its weights are a file of their own, model\.onnx\.data",
+        len(whole) // 2: "cannot run it",
+    }.items():
+        data.unlink()
+        if left is not None:
+            data.write_bytes(whole[:left])
+        with pytest.raises(GraphError, match=words) as caught:
+            engine.load(out)
+        assert str(caught.value).startswith(str(out))
+        assert "\n" not in str(caught.value)
+        data.write_bytes(whole)
+    written(trained, lambda path: path.write_bytes(trained.file.read_bytes()), monkeypatch)
+    assert export(*given).files == (out,)
+    assert not data.exists()
+
+
+@pytest.mark.parametrize("convert", [verb.to_half, verb.to_int8])
+def test_other_numbers_of_weights_beside_a_graph(
+    trained: Trained, convert: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = apart(trained, tmp_path / "model.onnx")
+    monkeypatch.setattr(verb, "_save", partial(verb._save, large=LARGE))
+    convert(path)
+    sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert sizes.keys() == {"model.onnx", "model.onnx.data"}
+    assert sum(sizes.values()) < 0.95 * trained.file.stat().st_size
+    monkeypatch.undo()
+    convert(apart(trained, tmp_path / "model.onnx"))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert engine.load(path).segment(trained.pictures[0].image).masks.any()
+
+
+def test_a_graph_never_lies_beside_weights_of_another(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(trained, lambda path: apart(trained, path), monkeypatch)
+    out, data = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    out.write_text("the graph of another model")
+    data.write_text("its weights")
+    replace_file = Path.replace
+
+    def stop(self: Path, target: Path) -> Path:
+        if target == out:
+            raise OSError("the machine stops here")
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(OSError, match="stops here"):
+        export(trained.segmenter, trained.recipe, out, trained.pictures, "semantic")
+    assert not out.exists()
+
+
 def edited(trained: Trained, to: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
     graph = onnx.load(trained.file)
     change(graph)
@@ -339,13 +496,15 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
         return Experiment(recipe, from_names(NAMES)).segmenter()
 
     empty = Recipe({}, "example.yaml")
-    for (proposer, namer), words in {
-        ("oracle", "given"): "proposer oracle is told the masks",
-        ("saved", "given"): "proposer saved is told the masks",
-        ("dense", "oracle"): "namer oracle is told the truth",
-    }.items():
-        with pytest.raises(GraphError, match=words):
+    for proposer, namer, words in REFUSED.values():
+        with pytest.raises(GraphError) as caught:
             export(tree(proposer, namer), empty, tmp_path / "model.onnx", [], "semantic")
+        assert str(caught.value) == words
+    assert not list(tmp_path.iterdir())
+    for known in ("saved", "oracle"):
+        masks, points = graphs.networks(tree(known, "vit_p"))
+        assert masks is None
+        assert points is not None
     with pytest.raises(GraphError, match=r"model\.txt: should end in \.onnx"):
         export(tree("dense", "given"), empty, tmp_path / "model.txt", [], "semantic")
     with pytest.raises(GraphError, match="--answer: the names of this model come from points"):

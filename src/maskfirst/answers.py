@@ -93,7 +93,7 @@ def panoptic(
 def instance(
     proposals: Proposals, names: Names, canvas: Size, things: Bool[Tensor, " K"], thresholds: Thresholds
 ) -> tuple[Bool[Tensor, "B N H W"], Int64[Tensor, "B N"], Float[Tensor, "B N"]]:
-    """As `tasks.instance`; what is left out there comes last here, without a class."""
+    """As `tasks.instance`; what is left out there comes last here, without a class or a pixel."""
     joint = names.joint
     count = min(thresholds.instances, joint.shape[1] * joint.shape[2])
     likelihood, pairs = joint.flatten(1).topk(count)
@@ -105,5 +105,7 @@ def instance(
     sums = torch.where(inside, logits.sigmoid(), 0.0).flatten(2).sum(2)
     scores = torch.where(said, likelihood * sums / (inside.flatten(2).sum(2) + 1e-6), -1.0)
     scores, ranks = scores.topk(count)
+    classes = torch.where(said, classes, VOID).gather(1, ranks)
     masks = inside.gather(1, ranks[..., None, None].expand(-1, -1, *inside.shape[-2:]))
-    return masks, torch.where(said, classes, VOID).gather(1, ranks), scores.clamp(min=0)
+    # Those without a class have one score, and which of them comes first is each runtime's own.
+    return masks & (classes != VOID)[..., None, None], classes, scores.clamp(min=0)

@@ -22,6 +22,8 @@ FORMAT = "maskfirst-graph-1"
 ENDING = ".onnx"
 POINTS = ".points"
 """Before the ending: of the file of points that lies beside one of masks."""
+DATA = ".data"
+"""After the whole name: of the file of weights that lies beside a graph which is too large for one file."""
 INSTALL = "install the extra that has it: pip install 'maskfirst[export]'"
 
 
@@ -65,6 +67,11 @@ class Card:
         return cls(Recipe(recipe, str(path), trusted=False), vocabulary, facts, points)
 
 
+def data_of(path: Path) -> Path:
+    """Where the weights of a graph lie that are not inside of it."""
+    return path.with_name(path.name + DATA)
+
+
 class OnnxRun:
     """One session of onnxruntime, on a GPU where it has one. A `Run`; safe from several threads. Raises GraphError."""
 
@@ -84,9 +91,12 @@ class OnnxRun:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         # The runtime has no type of errors of its own but classes derived of RuntimeError or Exception, one a code.
         except Exception as error:
-            raise GraphError(
-                f"{path}: onnxruntime {onnxruntime.__version__} cannot run it: {_reason(error)}"
-            ) from error
+            reason, data = _reason(error), data_of(path)
+            if data.name in reason and not data.is_file():
+                told = f"its weights are a file of their own, {data.name}, and it is not beside it"
+            else:
+                told = f"onnxruntime {onnxruntime.__version__} cannot run it: {reason}"
+            raise GraphError(f"{path}: {told}") from error
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         self.inputs = {each.name for each in self.session.get_inputs()}
         self.outputs = [each.name for each in self.session.get_outputs()]

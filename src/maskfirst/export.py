@@ -23,15 +23,15 @@ from torch.export import Dim, ExportedProgram
 
 from maskfirst.contracts import Dataset
 from maskfirst.data.images import read_image
-from maskfirst.engine import ENDING, INSTALL, POINTS, Card, OnnxRun
+from maskfirst.engine import ENDING, INSTALL, POINTS, Card, OnnxRun, data_of
 from maskfirst.evaluate import evaluate
 from maskfirst.files import write_json
 from maskfirst.frames import Size, up_to_multiple
 from maskfirst.graphs import Facts, GraphError, MaskNetwork, Network, Run, driven, example, named, networks, settled
-from maskfirst.outputs import Found
 from maskfirst.parity import Parity, Picture, compare
 from maskfirst.recipe import Recipe
 from maskfirst.segmenter import Segmenter
+from maskfirst.sources.files import Found
 
 PROGRAM = ".pt2"
 OPSET = 18
@@ -39,7 +39,9 @@ TRACED, TRIED = (5, 7), (6, 3)
 """Sides, in multiples of what a network takes, of canvases that it is traced with, and tried with then: all unlike, and unlike
 those that a model was made for, so that no branch is taken for one of these."""
 LARGE = 2**31 - 2**24
-"""Bytes beyond which an ONNX file has its weights in a file beside it, as its format ends at 2 GiB."""
+"""Bytes of weights from which on an ONNX file has them in a file beside it, as its format ends at 2 GiB."""
+SMALL = 2**10
+"""Bytes of a tensor that stays inside of its graph all the same: runtimes read such tensors before they look beside it."""
 Numbers = Literal["fp32", "fp16", "int8"]
 
 
@@ -147,11 +149,9 @@ def export(
             before, after = (evaluate(each, dataset, task).scores for each in (segmenter, small))
             lost = Lost(before.headline, before.value, after.value)
         del runs
-        # The graph last: what lies beside it is there when it is.
-        files = sorted(folder.iterdir(), key=lambda file: (file.name == out.name, file.name))
-        for file in files:
-            file.replace(out.parent / file.name)
-    found = replace(report, files=tuple(out.parent / name for name in programs), lost=lost)
+        # That of `out` last: what it asks for is there when it is.
+        files = [file for name in reversed(programs) for file in _put(folder / name, out.parent)]
+    found = replace(report, files=tuple(reversed(files)), lost=lost)
     write_json(_report(out), found.as_json())
     return found
 
@@ -317,14 +317,36 @@ def write_onnx(path: Path, program: ExportedProgram, network: Network, card: Car
     _save(graph, path)
 
 
-def _save(graph: Any, path: Path) -> None:
+def _save(graph: Any, path: Path, large: int = LARGE) -> None:
+    """Writes a graph, and beside it, from `large` bytes of weights on, a file of them. What lies there is replaced."""
     import onnx
+    from onnx.external_data_helper import set_external_data
 
-    size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    if size < LARGE:
-        onnx.save_model(graph, str(path))
-    else:
-        onnx.save_model(graph, str(path), save_as_external_data=True, location=f"{path.name}.data")
+    data = data_of(path)
+    # They are written to the end of what is there.
+    data.unlink(missing_ok=True)
+    weights = graph.graph.initializer
+    if sum(len(tensor.raw_data) for tensor in weights) >= large:
+        for tensor in weights:
+            if len(tensor.raw_data) >= SMALL:
+                set_external_data(tensor, data.name)
+    onnx.save_model(graph, str(path))
+
+
+def _put(written: Path, folder: Path) -> list[Path]:
+    """Moves a graph, and what weights lie beside it, to `folder`, and returns where they are now, the graph last.
+
+    One that lies there is removed before its weights change: it would take others' for its own.
+    """
+    placed, data = folder / written.name, data_of(written)
+    beside = data_of(placed)
+    moved = [(data, beside)] if data.is_file() else []
+    if written.suffix.lower() == ENDING and (moved or beside.is_file()):
+        placed.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
+    for file, goal in (*moved, (written, placed)):
+        file.replace(goal)
+    return [goal for _, goal in (*moved, (written, placed))]
 
 
 def unguarded(program: ExportedProgram) -> torch.nn.Module:
@@ -361,15 +383,27 @@ def to_half(path: Path) -> None:
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    aside = path.with_name(f"{path.stem}.shapes{path.suffix}")
     with _quiet():
-        _save(convert_float_to_float16(onnx.load(str(path)), keep_io_types=True), path)
+        # From file to file, as a graph above 2 GiB is told its shapes no other way; beside its weights, which both read.
+        onnx.shape_inference.infer_shapes_path(str(path), str(aside))
+        graph = onnx.load(str(aside))
+        aside.unlink()
+        _save(convert_float_to_float16(graph, keep_io_types=True, disable_shape_infer=True), path)
 
 
 def to_int8(path: Path) -> None:
     """Weights of products in 8 bits, and what they are multiplied with as it comes (dynamic quantization)."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     aside = path.with_name(f"{path.stem}.int8{path.suffix}")
+    kind, large = QuantType.QInt8, data_of(path).is_file()
     with _quiet():
-        quantize_dynamic(path, aside, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
-    aside.replace(path)
+        quantize_dynamic(
+            path, aside, op_types_to_quantize=["MatMul", "Gemm"], weight_type=kind, use_external_data_format=large
+        )
+        graph = onnx.load(str(aside))
+        for file in (aside, data_of(aside)):
+            file.unlink(missing_ok=True)
+        _save(graph, path)
