@@ -1,6 +1,6 @@
 """Many pictures beside the bare model: `python -m bench.shards`, saved with the hardware.
 
-Scenes of 360 x 480 px, as JPEGs in a folder and in tars, are segmented by `maskfirst predict camvid-small` to label maps, and
+Scenes of 180 x 240 px, as JPEGs in a folder and in tars, are segmented by `maskfirst predict camvid-small` to label maps, and
 to Parquet shards by one process and two, and by one actor of Ray and two. Told are pictures a second, of all that a command
 takes, as a share of what the bare model does in a loop of one thread around it. Needs two idle cores for figures that compare.
 """
@@ -23,7 +23,7 @@ from maskfirst.data.shapes import Shapes
 from maskfirst.draw import to_picture
 from maskfirst.files import write_json
 
-MODEL, SIZE, TARS = "camvid-small", (360, 480), 8
+MODEL, SIZE, TARS = "camvid-small", (180, 240), 8
 SHARDED = ("--shards", "parquet")
 WAYS: dict[str, tuple[str, ...]] = {
     "label maps": ("--no-overlays",),
@@ -102,7 +102,7 @@ def seconds(arguments: list[str]) -> float:
     return took
 
 
-def bare(model: Any, image: Any, least: float = 10) -> float:
+def bare(model: Any, image: Any, least: float = 5) -> float:
     """Pictures a second of the model in a loop."""
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < least:
