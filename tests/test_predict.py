@@ -535,6 +535,13 @@ def test_videos_are_pictures_frame_by_frame(tmp_path):
     )
 
 
+def test_files_of_many_pictures_are_for_shards(tmp_path):
+    with pytest.raises(
+        UserError, match=r"b\.tar: a file of many pictures is segmented to shards; say --shards parquet"
+    ):
+        predict_files(Threshold(), [tmp_path / "b.tar"], tmp_path / "out")
+
+
 def test_cocos_files_tell_frames_apart(tmp_path):
     predict_files(
         Threshold(), [video(tmp_path / "a.mp4", 2), video(tmp_path / "b.mkv", 2)], tmp_path / "out", "panoptic"

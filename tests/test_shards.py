@@ -142,6 +142,19 @@ def test_more_sources_may_come_and_numbers_stay(model: str, tars: list[str], tmp
     check(out, model)
 
 
+def test_a_source_that_cannot_be_read_is_named_and_the_rest_is_done(
+    model: str, tars: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "no.tar").write_text("no tar")
+    summary = made(model, tmp_path / "out", [*tars[:2], str(tmp_path / "no.tar"), *tars[2:], str(tmp_path / "9.tar")])
+    assert summary.shards == 4
+    lost = [each["error"] for each in summary.failed if not each["key"]]
+    assert [error.split(": ")[1][:12] for error in lost] == ["no tar", "no such file"]
+    check(tmp_path / "out", model)
+    with pytest.raises(UserError, match=r"no\.tar: no tar"):
+        made(model, tmp_path / "other", [str(tmp_path / "no.tar")])
+
+
 def test_files_are_cut_into_shards_and_done_anew_where_they_change(model: str, tmp_path: Path) -> None:
     folder, out = tmp_path / "pictures", tmp_path / "out"
     folder.mkdir()

@@ -23,6 +23,8 @@ from maskfirst.outputs import InstanceFiles, LabelMaps, Output, PanopticFiles, T
 from maskfirst.segmenter import Segmenter
 from maskfirst.sources import Part
 from maskfirst.sources.files import Found, find_pictures
+from maskfirst.sources.parquet import ENDINGS as TABLES
+from maskfirst.sources.tar import ENDINGS as TARS
 from maskfirst.sources.video import CAMERA, Camera, Video
 from maskfirst.sources.video import ENDINGS as VIDEOS
 from maskfirst.types import SegmentMap, Segments, Vocabulary
@@ -70,6 +72,9 @@ def predict_files(
             "this model is told the masks, and finds none: give masks of a file (--masks), places (--points), or another model "
             "whose names these weights should better (predict OTHER --namer THESE)"
         )
+    for path in map(str, paths):
+        if path.lower().endswith((*TARS, *TABLES)):
+            raise UserError(f"{path}: a file of many pictures is segmented to shards; say --shards parquet, or coco")
     out = Path(out)
     summary = Summary()
     cameras = [str(path) for path in paths if str(path).startswith(CAMERA)]

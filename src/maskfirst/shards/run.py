@@ -102,14 +102,15 @@ def predict_shards(
     launched = distributed.is_torchelastic_launched()
     if launched and (crew.processes is not None or crew.ray is not None):
         raise UserError("torchrun has started the processes; leave --processes and --ray out")
-    manifest = Manifest.plan(Path(job.out), job.made, _parts(sources, job))
+    parts, failed = _parts(sources, job)
+    manifest = Manifest.plan(Path(job.out), job.made, parts)
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
     if rank == 0:
         manifest.write()
     # Shared out by number, not among those that are missing, as another process may be done with one by now.
     ours = [planned for planned in manifest.planned if planned.number % world == rank]
     receipts = {planned.number: manifest.receipt(planned) for planned in ours}
-    summary = Summary()
+    summary = Summary(failed=failed if rank == 0 else [])
     for planned in ours:
         if (receipt := receipts[planned.number]) is not None:
             summary.add(receipt, planned.part.source)
@@ -135,12 +136,19 @@ def predict_shards(
             distributed.destroy_process_group()
 
 
-def _parts(sources: Sequence[str], job: Job) -> list[tuple[Part, str]]:
-    parts = []
+def _parts(sources: Sequence[str], job: Job) -> tuple[list[tuple[Part, str]], list[dict[str, str]]]:
+    """All parts with their fingerprints, and the sources that cannot be read. Raises UserError where none can."""
+    parts: list[tuple[Part, str]] = []
+    failed: list[dict[str, str]] = []
     for path in sources:
-        source = open_source(path, job.column)
-        parts += [(part, source.fingerprint(part)) for part in source.parts(job.made.size)]
-    return parts
+        try:
+            source = open_source(path, job.column)
+            parts += [(part, source.fingerprint(part)) for part in source.parts(job.made.size)]
+        except UserError as error:
+            failed.append({"source": path, "key": "", "error": str(error)})
+    if not parts:
+        raise UserError(failed[0]["error"])
+    return parts, failed
 
 
 def _outcomes(job: Job, parts: Sequence[Planned], crew: Crew, launched: bool) -> Iterator[Outcome]:
