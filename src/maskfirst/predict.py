@@ -148,7 +148,7 @@ def _read(found: Sequence[Found]) -> Iterator[tuple[Found, Readable | ImageError
         if not of_video:
             yield from ((each, file) for each in group)
             continue
-        wanted = {each.frame: each for each in group}
+        wanted = {each.frame: each for each in group if each.frame is not None}
         first, last = min(wanted), max(wanted)
         for number, item in enumerate(Video(file).read(Part(str(file), first, last - first + 1)), first):
             if number in wanted:
