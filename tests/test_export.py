@@ -378,6 +378,20 @@ def test_weights_that_are_too_large_for_a_graph_lie_beside_it(
     assert not data.exists()
 
 
+def test_a_graph_does_not_read_weights_from_elsewhere(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = apart(trained, tmp_path / "in" / "model.onnx")
+    engine.data_of(path).rename(tmp_path / "elsewhere.data")
+    graph = onnx.load(path, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../elsewhere.data"
+    onnx.save_model(graph, path)
+    with pytest.raises(GraphError, match=r"model\.onnx: onnxruntime .* cannot run it"):
+        engine.load(path)
+
+
 @pytest.mark.parametrize("convert", [verb.to_half, verb.to_int8])
 def test_other_numbers_of_weights_beside_a_graph(
     trained: Trained, convert: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
