@@ -35,9 +35,10 @@ from maskfirst.sources.files import Found
 
 PROGRAM = ".pt2"
 OPSET = 18
-TRACED, TRIED = (5, 7), (6, 3)
+TRACED, TRIED = (5, 11), (6, 3)
 """Sides, in multiples of what a network takes, of canvases that it is traced with, and tried with then: all unlike, and unlike
-those that a model was made for, so that no branch is taken for one of these."""
+those that a model was made for, so that no branch is taken for one of these. Windows of 7 or 12 divide none of the grids that
+it is traced with, as a padding of nothing would be left out of the graph."""
 LARGE = 2**31 - 2**24
 """Bytes of weights from which on an ONNX file has them in a file beside it, as its format ends at 2 GiB."""
 SMALL = 2**10
