@@ -56,6 +56,7 @@ PASCAL_CONTEXT = (1, 1, 2, 2, 2, 3)
     ("name", "changes", "sides"),
     [
         ("adapter-deit-t-upernet-ade20k", UPERNET, ADE20K),
+        ("adapter-beit-l-upernet-pascal-context", UPERNET, PASCAL_CONTEXT),
         ("adapter-beit-b-mask2former-pascal-context", MASK2FORMER, PASCAL_CONTEXT),
     ],
 )

@@ -147,6 +147,8 @@ LIVE = {
         "backbone.pos_embed",
         "backbone.patch_embed.projection.weight",
         "backbone.layers.1.attn.attn.in_proj_weight",
+        "backbone.layers.3.ffn.layers.1.weight",
+        "decode_head.proj_norm_2.weight",
         "decode_head.decoder_1.layers.0.self_attn.in_proj_weight",
         "decode_head.decoder_3.layers.2.multihead_attn.q.weight",
         "decode_head.q.weight",
@@ -207,7 +209,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("key", ["feat1", "tta_argmax", "img96", "grad:decode_head.q.weight"])
+@pytest.mark.parametrize(
+    "key", ["feat1", "att_stage0_sim", "tta_argmax", "label", "img96", "grad:decode_head.q.weight"]
+)
 def test_a_missing_array_fails(original: Path, tmp_path: Path, key: str) -> None:
     without(copy_variant(original, tmp_path, "plain") / "plain.npz", key)
     assert any(key in row.name + row.note for row in failing(tmp_path))
