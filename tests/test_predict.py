@@ -271,7 +271,7 @@ def test_reading_hides_behind_the_model(tmp_path, monkeypatch):
         begun[int(path.stem)].set()
         return read_image(path)
 
-    monkeypatch.setattr("maskfirst.predict.as_rgb", watched_read)
+    monkeypatch.setattr("maskfirst.sources.as_rgb", watched_read)
     for index in range(count):
         save(tmp_path / "in" / f"{index}.png")
     predict_files(Patient(), [tmp_path / "in"], tmp_path / "out")

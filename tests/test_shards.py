@@ -26,7 +26,7 @@ from maskfirst.formats import segment_table
 from maskfirst.formats.coco_instances import CocoInstances
 from maskfirst.shards.manifest import Planned
 from maskfirst.shards.on_ray import Actor
-from maskfirst.shards.run import Crew, Summary, job, predict_shards
+from maskfirst.shards.run import Crew, Summary, job_of, predict_shards
 from maskfirst.sources import Part
 from tiny_parts import VOCABULARY, experiment, recipe
 
@@ -80,7 +80,7 @@ def tars(tmp_path: Path) -> list[str]:
 def made(
     model: str, out: Path, sources: Sequence[str], crew: Crew = ALONE, form: Any = "parquet", **more: Any
 ) -> Summary:
-    return predict_shards(job(model, out, None, form, trust=True, **more), sources, crew)
+    return predict_shards(job_of(model, out, None, form, trust=True, **more), sources, crew)
 
 
 def rows(out: Path) -> dict[str, segment_table.Row]:
@@ -262,7 +262,7 @@ def test_two_workers_of_ray_with_one_killed(model: str, tars: list[str], tmp_pat
 
 
 def test_what_kills_actors_again_and_again_is_left_out(model: str, tars: list[str], tmp_path: Path) -> None:
-    given = job(model, tmp_path / "out", None, "parquet", trust=True)
+    given = job_of(model, tmp_path / "out", None, "parquet", trust=True)
     actor = Actor(given, "run")
     told = {"item": [json.dumps(asdict(Planned(0, Part(tars[1], 0, None), "as it is")))]}
     assert json.loads(actor(told)["item"][0])["receipt"]["pictures"] == 2

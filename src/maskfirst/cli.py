@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from maskfirst.evaluate import Evaluation
     from maskfirst.metrics.seen import Split as SeenSplit
     from maskfirst.segmenter import Segmenter
+    from maskfirst.shards.run import Crew
+    from maskfirst.shards.worker import Job
     from maskfirst.types import Vocabulary
 
 DEFAULT = "camvid-small"
@@ -495,52 +497,27 @@ def predict(
     from maskfirst.predict import predict_files
     from maskfirst.predict_points import predict_points
 
-    for wanted, option in ((masks, "--masks"), (namer, "--namer")):
-        if points is not None and wanted is not None:
-            raise UserError(f"--points names places, and {option} is about masks; give one of them")
-    for wanted, option in (
-        (per_shard, "--per-shard"), (column, "--column"), (processes, "--processes"), (ray, "--ray"),
-    ):  # fmt: skip
-        if shards is None and wanted is not None:
-            raise UserError(f"{option} is of shards; say --shards parquet, too, or leave it out")
+    if points is not None:
+        _refuse("--points names places, and {} is about masks; give one of them", masks=masks, namer=namer)
+    if shards is None:
+        told = {"per_shard": per_shard, "column": column, "processes": processes, "ray": ray}
+        _refuse("{} is of shards; say --shards parquet, too, or leave it out", **told)
     chosen, paths = _weights_and_paths(arguments, weights)
     if shards is not None:
-        for wanted, option in (
-            (masks, "--masks"), (namer, "--namer"), (points, "--points"), (colors, "--colors"), (least_score, "--least-score"),
-            (yolo or None, "--yolo"), (frames, "--frames"),
-        ):  # fmt: skip
-            if wanted is not None:
-                raise UserError(f"--shards writes all segments and nothing else; leave {option} out")
-        from maskfirst.shards.run import SIZE, Crew, predict_shards
-        from maskfirst.shards.run import job as sharded
+        told = {
+            "masks": masks,
+            "namer": namer,
+            "points": points,
+            "colors": colors,
+            "least_score": least_score,
+            "frames": frames,
+        }
+        _refuse("--shards writes all segments and nothing else; leave {} out", **told, yolo=yolo or None)
+        from maskfirst.shards.run import SIZE, Crew, job_of
 
-        job = sharded(
-            chosen,
-            out,
-            task.value if task else None,
-            shards.value,
-            per_shard or SIZE,
-            tta,
-            trust,
-            column,
-            precision.value,
-        )
-        # What Ray prints on stdout is not what was asked for.
-        with _bar("predicting", _chief(), "shards") as advance, contextlib.redirect_stdout(sys.stderr):
-            made = predict_shards(job, paths, Crew(processes, ray), advance)
-        if not _chief():
-            return
-        if as_json:
-            _print_json(made.as_json())
-        else:
-            earlier = f", {made.kept} of them by an earlier run" if made.kept else ""
-            print(f"{made.pictures} pictures in {made.shards} shards{earlier}, by {chosen}; see {out / 'shards'}")
-        _end(
-            [
-                f"{each['source']}: {each['key']}: {each['error']}" if each["key"] else each["error"]
-                for each in made.failed
-            ]
-        )
+        wanted = task.value if task else None
+        job = job_of(chosen, out, wanted, shards.value, per_shard or SIZE, tta, trust, column, precision.value)
+        _predict_shards(job, paths, Crew(processes, ray), as_json)
         return
     # Not by way of Fabric as the other verbs, whose import would double the wait for the first picture.
     device = _device()
@@ -895,6 +872,30 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _predict_shards(job: "Job", paths: list[str], crew: "Crew", as_json: bool) -> None:
+    from maskfirst.shards.run import predict_shards
+
+    # What Ray prints on stdout is not what was asked for.
+    with _bar("predicting", _chief(), "shards") as advance, contextlib.redirect_stdout(sys.stderr):
+        made = predict_shards(job, paths, crew, advance)
+    if not _chief():
+        return
+    if as_json:
+        _print_json(made.as_json())
+    else:
+        earlier = f", {made.kept} of them by an earlier run" if made.kept else ""
+        where = Path(job.out) / "shards"
+        print(f"{made.pictures} pictures in {made.shards} shards{earlier}, by {job.weights}; see {where}")
+    _end(made.errors)
+
+
+def _refuse(sentence: str, **options: object) -> None:
+    """Raises UserError with the first option that is said in place of `{}`."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(sentence.format(f"--{name.replace('_', '-')}"))
 
 
 def _loaded(name: str, wanted: Engine | None, device: str, trust: bool) -> "Segmenter":

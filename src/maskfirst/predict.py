@@ -16,12 +16,12 @@ from torch import Tensor
 
 from maskfirst import draw
 from maskfirst.ahead import ahead, groups
-from maskfirst.data.images import ImageError, Readable, as_rgb
+from maskfirst.data.images import ImageError, Readable
 from maskfirst.errors import UserError
 from maskfirst.files import write_json
 from maskfirst.outputs import InstanceFiles, LabelMaps, Output, PanopticFiles, Told
 from maskfirst.segmenter import Segmenter
-from maskfirst.sources import Part
+from maskfirst.sources import Part, decoded
 from maskfirst.sources.files import Found, find_pictures
 from maskfirst.sources.parquet import ENDINGS as TABLES
 from maskfirst.sources.tar import ENDINGS as TARS
@@ -96,7 +96,9 @@ def predict_files(
     with ThreadPoolExecutor(workers) as pool, _watched(cameras, frames, found) as shown:
         waiting: deque[Future[dict[str, Any]]] = deque()
         done = len(kept)
-        for group in groups(ahead(_decoded, chain(_read(todo), shown), workers), segmenter.batch):
+        for group in groups(
+            ahead(lambda given: decoded(given[1]), chain(_read(todo), shown), workers), segmenter.batch
+        ):
             given = [(each, reading) for (each, _), reading in group]
             for each, told in _segmented(segmenter, given, task, augment):
                 if isinstance(told, ImageError):
@@ -178,13 +180,6 @@ def _watched(
                         return
 
         yield frames()
-
-
-def _decoded(given: tuple[Found, Readable | ImageError]) -> Tensor:
-    picture = given[1]
-    if isinstance(picture, ImageError):
-        raise picture
-    return as_rgb(picture)
 
 
 def _segmented(

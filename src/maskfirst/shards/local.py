@@ -34,9 +34,9 @@ def in_processes(job: Job, parts: Sequence[Planned], count: int, devices: Sequen
     waiting, tries, dead = deque(parts), Counter[int](), 0
     threads = max(1, torch.get_num_threads() // count)
     busy: dict[Connection, tuple[_Hand, Planned]] = {}
+    idle: list[_Hand] = []
     try:
         free = [devices[index % len(devices)] for index in range(min(count, len(parts)))]
-        idle: list[_Hand] = []
         while waiting or busy:
             while waiting and (idle or free):
                 hand = idle.pop() if idle else _hired(job, free.pop(), threads)
@@ -70,13 +70,12 @@ def in_processes(job: Job, parts: Sequence[Planned], count: int, devices: Sequen
                 dead = 0
                 idle.append(hand)
                 yield told
-        for hand in idle:
-            hand.pipe.send(None)
-            hand.process.join()
     finally:
-        for hand, _ in busy.values():
+        # Nothing is in the hands of the idle ones, and of the others there are only where all ends early.
+        for hand in (*idle, *(hand for hand, _ in busy.values())):
             hand.process.kill()
             hand.process.join()
+            hand.pipe.close()
 
 
 def _hired(job: Job, device: str, threads: int) -> _Hand:
@@ -100,8 +99,8 @@ def _work(pipe: Connection, job: Job, device: str, threads: int) -> None:
         pipe.send(str(error))
         return
     with contextlib.suppress(EOFError, BrokenPipeError):
-        while (planned := pipe.recv()) is not None:
-            pipe.send(worker.attempt(planned))
+        while True:
+            pipe.send(worker.attempt(pipe.recv()))
 
 
 def _ending(code: int | None) -> str:

@@ -86,28 +86,20 @@ class Manifest:
         content = {"format": FORMAT, **asdict(self.made), "parts": [asdict(each) for each in self.planned]}
         write_json(self.out / FILE, content)
 
-    def shard(self, number: int) -> Path:
-        """The file of a part's segments."""
-        return shard_file(self.out, self.made.form, number)
-
-    def receipt(self, planned: Planned) -> Receipt | None:
-        """That a part is done; None where it is not, or its pictures are others by now."""
-        found = read_receipt(self.out, planned)
-        return found if self.shard(planned.number).is_file() else None
-
 
 def shard_file(out: Path, form: Form, number: int) -> Path:
     """Where a part's segments are, or will be."""
     return out / "shards" / f"{number:06d}.{ENDINGS[form]}"
 
 
-def read_receipt(out: Path, planned: Planned) -> Receipt | None:
-    """None where there is none, it is damaged, or it speaks of other pictures."""
+def receipt_of(out: Path, form: Form, planned: Planned) -> Receipt | None:
+    """That a part is done; None where it is not, its receipt is damaged, or its pictures are others by now."""
     try:
         found = Receipt(**json.loads(_receipt_file(out, planned.number).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return found if found.fingerprint == planned.fingerprint else None
+    done = found.fingerprint == planned.fingerprint and shard_file(out, form, planned.number).is_file()
+    return found if done else None
 
 
 def write_receipt(out: Path, receipt: Receipt) -> None:

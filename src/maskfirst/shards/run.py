@@ -15,7 +15,7 @@ from maskfirst import engine, ranks
 from maskfirst import weights as files
 from maskfirst.errors import UserError
 from maskfirst.shards.local import in_processes
-from maskfirst.shards.manifest import Form, Made, Manifest, Planned, Receipt
+from maskfirst.shards.manifest import Form, Made, Manifest, Planned, Receipt, receipt_of
 from maskfirst.shards.on_ray import on_ray
 from maskfirst.shards.worker import Job, Outcome, Worker, load
 from maskfirst.sources import Part
@@ -49,6 +49,14 @@ class Summary:
     def as_json(self) -> dict[str, Any]:
         return {"shards": self.shards, "kept": self.kept, "pictures": self.pictures, "failed": self.failed}
 
+    @property
+    def errors(self) -> list[str]:
+        """A line for each that failed."""
+        return [
+            ": ".join(filter(None, (each["key"] and each["source"], each["key"], each["error"])))
+            for each in self.failed
+        ]
+
     def add(self, receipt: Receipt, source: str) -> None:
         self.shards += 1
         self.pictures += receipt.pictures
@@ -65,7 +73,7 @@ def model_digest(name: str) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def job(
+def job_of(
     weights: str,
     out: Path,
     task: str | None,
@@ -109,7 +117,7 @@ def predict_shards(
         manifest.write()
     # Shared out by number, not among those that are missing, as another process may be done with one by now.
     ours = [planned for planned in manifest.planned if planned.number % world == rank]
-    receipts = {planned.number: manifest.receipt(planned) for planned in ours}
+    receipts = {planned.number: receipt_of(manifest.out, job.made.form, planned) for planned in ours}
     summary = Summary(failed=failed if rank == 0 else [])
     for planned in ours:
         if (receipt := receipts[planned.number]) is not None:

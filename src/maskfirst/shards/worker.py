@@ -11,15 +11,15 @@ from torch import Tensor
 
 from maskfirst import build, engine
 from maskfirst.ahead import ahead, groups
-from maskfirst.data.images import ImageError, as_rgb
+from maskfirst.data.images import ImageError
 from maskfirst.errors import UserError
 from maskfirst.formats import segment_table
 from maskfirst.formats.coco_instances import InstancesWriter
 from maskfirst.formats.instances import Instances
 from maskfirst.formats.segment_table import Notes, Row
 from maskfirst.segmenter import Segmenter
-from maskfirst.shards.manifest import Made, Planned, Receipt, read_receipt, shard_file, write_receipt
-from maskfirst.sources import Item, Source
+from maskfirst.shards.manifest import Made, Planned, Receipt, receipt_of, shard_file, write_receipt
+from maskfirst.sources import Item, Source, decoded
 from maskfirst.sources.opened import open_source
 
 IDS = 10_000_000
@@ -79,7 +79,7 @@ class Worker:
         """Makes the shard of a part and the receipt that says so, unless both are there. Raises UserError."""
         out, made = Path(self.job.out), self.job.made
         path = shard_file(out, made.form, planned.number)
-        if (earlier := read_receipt(out, planned)) is not None and path.is_file():
+        if (earlier := receipt_of(out, made.form, planned)) is not None:
             return earlier
         # What a process left that died at it.
         for half in path.parent.glob(f".{path.name}.*"):
@@ -112,7 +112,7 @@ class Worker:
         return receipt
 
     def _rows(self, source: str, items: Iterator[Item]) -> Iterator[Row]:
-        for group in groups(ahead(_decoded, items, self.readers), self.segmenter.batch):
+        for group in groups(ahead(lambda item: decoded(item.picture), items, self.readers), self.segmenter.batch):
             images: list[Tensor] = []
             broken: list[ImageError | None] = []
             for _, reading in group:
@@ -124,9 +124,3 @@ class Worker:
             answers = iter(self.segmenter.segment_many(images, self.job.made.task, augment=self.job.made.augment))
             for (item, _), error in zip(group, broken, strict=True):
                 yield Row(item.name, source, Instances.of(next(answers)) if error is None else error)
-
-
-def _decoded(item: Item) -> Tensor:
-    if isinstance(item.picture, ImageError):
-        raise item.picture
-    return as_rgb(item.picture)

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskfirst.data.images import ImageError, Readable
+from jaxtyping import UInt8
+from torch import Tensor
+
+from maskfirst.data.images import ImageError, Readable, as_rgb
 from maskfirst.errors import UserError, nearest
 
 
@@ -44,6 +47,13 @@ class Source(ABC):
     def fingerprint(self, part: Part) -> str:
         """What tells whether the pictures of a part are still those that they were."""
         return f"{part.count} of {stamp(Path(part.source))}"
+
+
+def decoded(picture: Readable | ImageError) -> UInt8[Tensor, "3 H W"]:
+    """A picture of an Item as RGB 0..255. Raises ImageError where there is none, or it cannot be read."""
+    if isinstance(picture, ImageError):
+        raise picture
+    return as_rgb(picture)
 
 
 def runs(source: str, count: int, size: int, first: int = 0) -> list[Part]:
