@@ -298,6 +298,7 @@ def _write_program(path: Path, program: ExportedProgram, network: Network, card:
 def write_onnx(path: Path, program: ExportedProgram, network: Network, card: Card) -> None:
     """Writes a traced network and its card as ONNX. Raises GraphError where ONNX has no words for it."""
     import onnx
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
     with _unchecked(), torch.no_grad(), _quiet():
         try:
@@ -308,11 +309,15 @@ def write_onnx(path: Path, program: ExportedProgram, network: Network, card: Car
                 input_names=list(network.inputs),
                 output_names=list(network.outputs),
                 verbose=False,
+                optimize=False,
             )
+            assert made is not None
+            # Two nodes of three tell sizes once more, and optimizing takes five times as long with them.
+            CommonSubexpressionEliminationPass()(made.model)
+            made.optimize()
         # It wraps whatever an operator's translation raises in types that are not public.
         except Exception as error:
             raise GraphError(f"{path.name}: cannot be said in ONNX: {_in_line(error)}") from error
-    assert made is not None
     graph = made.model_proto
     onnx.helper.set_model_props(graph, card.as_metadata())
     _save(graph, path)

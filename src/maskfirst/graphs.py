@@ -72,7 +72,7 @@ class MaskNetwork(nn.Module):
         return Facts(self.namer is not None, proposals.competing, proposals.resolution, self.proposer.multiple)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        batch = _batch(given[0], given[1] if self.proposer.reads_task else None)
+        batch = _batch(_whole(given[0], self.proposer.multiple), given[1] if self.proposer.reads_task else None)
         proposals = self.proposer(batch)
         if self.namer is None:
             return (proposals.masks,)
@@ -104,6 +104,15 @@ def _batch(pixels: Float[Tensor, "B 3 H W"], task: Tensor | None) -> Batch:
     size = cast("Size", tuple(pixels.shape[-2:]))
     # Only namers of points, which run elsewhere, look at one frame a picture.
     return Batch(pixels, (TASKS[0],), (Frame(size, size, size),), ("",), task_numbers=task)
+
+
+def _whole(pixels: Float[Tensor, "B 3 H W"], multiple: int) -> Float[Tensor, "B 3 H W"]:
+    """The pixels, all of them, with sides that are seen to be so many multiples.
+
+    All sizes that follow are simple terms then. With sides that are only promised to be, tracing takes ten times as long.
+    """
+    rows, columns = (side // multiple for side in pixels.shape[-2:])
+    return pixels.narrow(-2, 0, rows * multiple).narrow(-1, 0, columns * multiple)
 
 
 def _plain_namer(namer: Namer) -> Namer | None:
