@@ -4,11 +4,12 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from maskfirst.formats.coco_instances import CocoInstances
 from maskfirst.shards.manifest import Planned
 from maskfirst.shards.on_ray import Actor
 from maskfirst.shards.run import Crew, Summary, job_of, predict_shards
+from maskfirst.shards.worker import Outcome, Worker
 from maskfirst.sources import Part
 from tiny_parts import VOCABULARY, experiment, recipe
 
@@ -246,6 +248,36 @@ def test_a_driver_that_is_killed_costs_the_shard_in_hand(model: str, tars: list[
     assert {file.name[0] for file in (tmp_path / "out" / "shards").iterdir()} == {"0"}, (
         "what was in hand is left behind"
     )
+
+
+def test_two_that_are_at_the_same_part_do_it_once(
+    model: str, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a command is killed and given again while what it had begun goes on."""
+    given = job_of(model, tmp_path / "out", None, "parquet", trust=True)
+    planned = Planned(0, Part(tars[1], 0, None), "as it is")
+    one, other = Worker(given, "cpu"), Worker(given, "cpu")
+    write, receipts = segment_table.write, []
+
+    def slow(path: Path, pictures: Iterator[Any], notes: Any) -> None:
+        def meanwhile() -> Iterator[Any]:
+            yield from pictures
+            monkeypatch.setattr(segment_table, "write", write)
+            receipts.append(other.attempt(planned).receipt)
+
+        write(path, meanwhile(), notes)
+
+    monkeypatch.setattr(segment_table, "write", slow)
+    assert one.attempt(planned) == Outcome(0, receipts[0])
+    assert receipts[0].pictures == 2
+    assert sorted(file.name for file in (tmp_path / "out" / "shards").iterdir()) == ["000000.parquet"]
+
+
+def test_an_address_that_nobody_answers_is_told_at_once(model: str, tars: list[str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(UserError, match=rf"--ray {address}: no cluster there: .*refused"):
+        made(model, tmp_path / "out", tars, Crew(ray=address))
 
 
 def test_two_workers_of_ray_with_one_killed(model: str, tars: list[str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Moritz et al., "Ray: A Distributed Framework for Emerging AI Applications", OSDI
 
 import json
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,6 +19,8 @@ from maskfirst.shards.worker import TRIES, Job, Outcome, Worker
 
 LOCAL = "local"
 """In place of an address: a cluster of this machine, which ends with this process."""
+PATIENCE = 10.0
+"""Seconds that an address may take to answer. Ray itself waits a quarter of an hour for one that does not."""
 
 
 class Actor:
@@ -61,8 +64,9 @@ def on_ray(job: Job, parts: Sequence[Planned], address: str, count: int | None) 
         raise UserError("--ray needs Ray: pip install 'maskfirst[scale]'") from error
     local, run = address == LOCAL, uuid.uuid4().hex
     try:
+        _require_answer(address)
         ray.init(address="local" if local else address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray {address}: no cluster there: {' '.join(str(error).split())}") from error
     try:
         resources = ray.cluster_resources()
@@ -84,3 +88,10 @@ def on_ray(job: Job, parts: Sequence[Planned], address: str, count: int | None) 
     finally:
         shutil.rmtree(Path(job.out) / "begun" / run, ignore_errors=True)
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raises OSError where nothing listens at an address of the form HOST:PORT, which may have a scheme before it."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()

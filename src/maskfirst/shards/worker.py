@@ -73,6 +73,9 @@ class Worker:
         try:
             return Outcome(planned.number, self.do(planned))
         except UserError as error:
+            # By another that outlived its command, say, and that has swept this one's half away.
+            if (done := receipt_of(Path(self.job.out), self.job.made.form, planned)) is not None:
+                return Outcome(planned.number, done)
             return Outcome(planned.number, error=f"{planned.part.source}: {error}")
 
     def do(self, planned: Planned) -> Receipt:
@@ -81,9 +84,6 @@ class Worker:
         path = shard_file(out, made.form, planned.number)
         if (earlier := receipt_of(out, made.form, planned)) is not None:
             return earlier
-        # What a process left that died at it.
-        for half in path.parent.glob(f".{path.name}.*"):
-            half.unlink(missing_ok=True)
         start = time.monotonic()
         source = self._sources.setdefault(planned.part.source, open_source(planned.part.source, self.job.column))
         failed: list[dict[str, str]] = []
@@ -109,6 +109,9 @@ class Worker:
                 writer.close()
         receipt = Receipt(planned.number, planned.fingerprint, pictures, round(time.monotonic() - start, 3), failed)
         write_receipt(out, receipt)
+        # What processes left that died at it; not before, as one may be at it still.
+        for half in path.parent.glob(f".{path.name}.*"):
+            half.unlink(missing_ok=True)
         return receipt
 
     def _rows(self, source: str, items: Iterator[Item]) -> Iterator[Row]:
