@@ -159,6 +159,7 @@ def attacked(way: Way, tars: Sequence[str], out: Path, given: argparse.Namespace
     else:
         story.faults.append(f"not done after {LONGEST} runs: {ended[-500:]}")
     story.seconds = round(time.perf_counter() - start, 1)
+    story.faults += [f"process {one} has outlived its command" for one in left(str(out))]
     story.kept = len(kept)
     story.faults += [f"shard {name} was made again" for name, time in kept.items() if shard(out, name) != time]
     return story
@@ -193,8 +194,25 @@ def descendants(process: int) -> Iterator[tuple[int, str]]:
     with suppress(OSError):
         for thread in Path(f"/proc/{process}/task").iterdir():
             for child in map(int, (thread / "children").read_text().split()):
-                yield child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                yield child, said(child)
                 yield from descendants(child)
+
+
+def left(word: str, seconds: float = 60) -> list[int]:
+    """Processes whose command line has a word, those that are still there after so many seconds."""
+    end = time.monotonic() + seconds
+    while found := [one for one in map(int, filter(str.isdecimal, os.listdir("/proc"))) if word in said(one)]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    return found
+
+
+def said(process: int) -> str:
+    """Its command line, or nothing where it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
 
 
 def rows(out: Path) -> list[Row]:

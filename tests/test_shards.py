@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -322,6 +323,19 @@ def test_processes_of_torchrun_share_the_parts_out(model: str, tars: list[str], 
     told = json.loads(ended.stdout)
     assert (told["shards"], told["pictures"], told["failed"]) == (3, 6, [])
     assert len(rows(tmp_path / "out")) == 6
+
+
+def test_what_torchrun_has_started_ends_with_it(tmp_path: Path) -> None:
+    wait = "import time; from maskfirst.ranks import end_with_parent; end_with_parent(0.1); print('up', flush=True); time.sleep(60)"
+    begin = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen([sys.executable, "-c", begin, wait], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"up\n"
+        parent.kill()
+        start = time.monotonic()
+        # The pipe ends when the last who holds it does.
+        assert parent.stdout.read() == b""
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(

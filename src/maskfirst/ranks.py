@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,22 @@ def gather(value: Any) -> list[Any]:
     if distributed.is_initialized():
         distributed.all_gather_object(values, value)
     return values
+
+
+def end_with_parent(every: float = 1.0) -> None:
+    """From now on this process ends, as by SIGKILL, within `every` seconds of the end of the one that has started it.
+
+    What torchrun has started goes on without it, and would wait for others that are gone. Not on Windows, where a process keeps
+    the number of a parent that has ended.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class StopSignals:

@@ -108,6 +108,8 @@ def predict_shards(
     Raises UserError for what stands in the way of all.
     """
     launched = distributed.is_torchelastic_launched()
+    if launched:
+        ranks.end_with_parent()
     if launched and (crew.processes is not None or crew.ray is not None):
         raise UserError("torchrun has started the processes; leave --processes and --ray out")
     parts, failed = _parts(sources, job)
