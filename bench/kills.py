@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -136,6 +136,7 @@ def attacked(way: Way, tars: Sequence[str], out: Path, given: argparse.Namespace
     """Gives the command until it ends well, and kills what does the work meanwhile."""
     story, chance = Story(), random.Random(0)
     kept: dict[str, int] = {}
+    seen: dict[int, str] = {}
     start, ended = time.perf_counter(), ""
     while story.runs < LONGEST:
         story.runs += 1
@@ -149,7 +150,9 @@ def attacked(way: Way, tars: Sequence[str], out: Path, given: argparse.Namespace
                     break
                 if sum(story.killed.values()) < given.kills:
                     done = {path.stem: shard(out, path.stem) for path in (out / "receipts").glob("[0-9]*.json")}
-                    if (kind := kill(way, process, sum(story.killed.values()), chance)) is not None:
+                    begun = dict(descendants(process.pid))
+                    seen |= begun
+                    if (kind := kill(way, process, begun, sum(story.killed.values()), chance)) is not None:
                         kept = done | kept
                         story.killed[kind] = story.killed.get(kind, 0) + 1
             log.seek(0)
@@ -159,7 +162,7 @@ def attacked(way: Way, tars: Sequence[str], out: Path, given: argparse.Namespace
     else:
         story.faults.append(f"not done after {LONGEST} runs: {ended[-500:]}")
     story.seconds = round(time.perf_counter() - start, 1)
-    story.faults += [f"process {one} has outlived its command" for one in left(str(out))]
+    story.faults += [f"{command[:60]} has outlived its command" for command in left(seen)]
     story.kept = len(kept)
     story.faults += [f"shard {name} was made again" for name, time in kept.items() if shard(out, name) != time]
     return story
@@ -170,17 +173,21 @@ def shard(out: Path, name: str) -> int:
     return (out / "shards" / f"{name}.parquet").stat().st_mtime_ns
 
 
-def kill(way: Way, process: subprocess.Popen[bytes], number: int, chance: random.Random) -> str | None:
-    """Ends by SIGKILL what is next in turn; says what it was, None where nobody works yet."""
-    begun = list(descendants(process.pid))
-    workers = [one for one, command in begun if way.worker in command]
+def kill(
+    way: Way, process: subprocess.Popen[bytes], begun: Mapping[int, str], number: int, chance: random.Random
+) -> str | None:
+    """Ends by SIGKILL what is next in turn; says what it was, None where nobody works yet.
+
+    `begun`: whatever the process has begun, with its command lines.
+    """
+    workers = [one for one, command in begun.items() if way.worker in command]
     if not workers:
         return None
     kind = KINDS[number % len(KINDS)]
     chosen = {
         "worker": [chance.choice(workers)],
         "command": [process.pid],
-        "machine": [process.pid, *(one for one, _ in begun)],
+        "machine": [process.pid, *begun],
     }[kind]
     for one in chosen:
         with suppress(ProcessLookupError):
@@ -198,10 +205,10 @@ def descendants(process: int) -> Iterator[tuple[int, str]]:
                 yield from descendants(child)
 
 
-def left(word: str, seconds: float = 60) -> list[int]:
-    """Processes whose command line has a word, those that are still there after so many seconds."""
+def left(seen: Mapping[int, str], seconds: float = 60) -> list[str]:
+    """Command lines of the processes that are still there after so many seconds."""
     end = time.monotonic() + seconds
-    while found := [one for one in map(int, filter(str.isdecimal, os.listdir("/proc"))) if word in said(one)]:
+    while found := [command for one, command in seen.items() if said(one) == command]:
         if time.monotonic() > end:
             break
         time.sleep(0.5)

@@ -326,9 +326,9 @@ def test_processes_of_torchrun_share_the_parts_out(model: str, tars: list[str], 
 
 
 def test_what_torchrun_has_started_ends_with_it(tmp_path: Path) -> None:
-    wait = "import time; from maskfirst.ranks import end_with_parent; end_with_parent(0.1); print('up', flush=True); time.sleep(60)"
+    wait = "import time; from maskfirst.ranks import end_with_parent; end_with_parent(0.1); print('up', flush=True)"
     begin = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    with subprocess.Popen([sys.executable, "-c", begin, wait], stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen([sys.executable, "-c", begin, f"{wait}; time.sleep(60)"], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"up\n"
         parent.kill()
