@@ -2,18 +2,27 @@
 
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.export import Dim
 
 from fixtures_dir import FIXTURES
-from maskfirst.backbones.dinat import DESIGNS, DiNAT, NeighbourhoodAttention
+from maskfirst.backbones.dinat import DESIGNS, Block, DiNAT, Halving, NeighbourhoodAttention, Stage
 from maskfirst.ops import neighbourhood_attention as module
-from maskfirst.ops.neighbourhood_attention import neighbourhood_attention
+from maskfirst.ops.neighbourhood_attention import (
+    layout_of_any_size,
+    neighbourhood_attention,
+    neighbourhood_attention_of_any_size,
+)
 from parity.rows import table
 from parity.runner import run
 
@@ -67,6 +76,7 @@ CASES = {
     "lines just long enough": ((15, 16), 5, 3),
     "dilated tiles of two lengths": ((35, 25), 3, 2),
     "a large window": ((24, 11), 11, 1),
+    "a window of more than two tiles": ((24, 21), 19, 1),
 }
 
 
@@ -76,6 +86,17 @@ def test_it_is_the_sum_that_it_is_defined_as(case: tuple[tuple[int, int], int, i
     arguments = given(size, kernel)
     found = neighbourhood_attention(*arguments, dilation)
     torch.testing.assert_close(found, by_loop(*arguments, dilation), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_that_of_any_size_is_the_same_sum(case: tuple[tuple[int, int], int, int]) -> None:
+    """Without a token beyond the map, as windows fit."""
+    size, kernel, dilation = case
+    queries, keys, values, bias = given(size, kernel)
+    layout = layout_of_any_size(queries.flatten(3), queries.shape[3], kernel, dilation)
+    beyond = 1e3 * torch.randn(2, *queries.shape[3:], dtype=torch.float64)
+    found = neighbourhood_attention_of_any_size(queries, keys, values, bias, layout, beyond)
+    torch.testing.assert_close(found, by_loop(queries, keys, values, bias, dilation), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("scores", [1, 2**30])
@@ -157,6 +178,42 @@ def test_a_map_smaller_than_a_window_is_filled_up_and_the_filling_is_seen(size: 
     canvas[:, : size[0], : size[1]] = maps
     with torch.inference_mode():
         torch.testing.assert_close(layer(maps), layer(canvas)[:, : size[0], : size[1]])
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Shapes are symbols where a graph is traced, and checks would ask for their numbers."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_graph_of_a_stage_takes_maps_of_any_size(tmp_path: Path) -> None:
+    """Smaller than windows on one side or both, and such as no tile divides, of lines of one length or two."""
+    torch.manual_seed(0)
+    design = replace(DESIGNS["t"], kernel=3)
+    stage = Stage(Halving((4, 8), bias=False), [Block(8, 2, design, 3, 0.0) for _ in range(2)]).eval()
+    with torch.no_grad():
+        for block in stage.blocks:
+            block.get_parameter("attention.qkv.bias").normal_()
+    sides = {0: Dim("batch"), **{axis: 2 * Dim(name, min=1) for axis, name in ((1, "rows"), (2, "columns"))}}
+    with torch.no_grad():
+        program = torch.export.export(
+            stage, (torch.randn(2, 22, 38, 4), False), dynamic_shapes=(sides, None), strict=False
+        )
+        torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False).save(tmp_path / "stage.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "stage.onnx")
+    for size in ((1, 1), (2, 30), (17, 5), (8, 9), (11, 19), (29, 24)):
+        maps = torch.randn(3, *(2 * side for side in size), 4)
+        with torch.inference_mode():
+            right = stage(maps, False)
+        assert right.shape == (3, *size, 8)
+        found = program.module(check_guards=False)(maps, False)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(session.run(None, {"maps": maps.numpy()})[0]), right, rtol=1e-4, atol=1e-5
+        )
 
 
 SMALL: dict[str, Any] = {

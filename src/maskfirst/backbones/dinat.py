@@ -3,7 +3,7 @@
 Hassani and Shi, "Dilated Neighborhood Attention Transformer", 2022.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,7 +19,12 @@ from maskfirst.backbones.pixels import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from maskfirst.backbones.pyramid import STRIDES
 from maskfirst.backbones.timm_models import load_timm
 from maskfirst.contracts import Backbone, Resizable
-from maskfirst.ops.neighbourhood_attention import neighbourhood_attention
+from maskfirst.ops.neighbourhood_attention import (
+    Layout,
+    layout_of_any_size,
+    neighbourhood_attention,
+    neighbourhood_attention_of_any_size,
+)
 
 NORM_EPS = 1e-5
 
@@ -61,12 +66,13 @@ class NeighbourhoodAttention(nn.Module):
     """Each token attends to `kernel` x `kernel` tokens around it, `dilation` px apart.
 
     A map that is smaller than such a window is filled up with zeros, whose keys and values are what the layer's bias makes of
-    nothing, and which are attended to like others.
+    nothing, and which are attended to like others. `layout`: of maps whose size is a symbol, None where it is a number.
     """
 
     def __init__(self, width: int, heads: int, kernel: int, dilation: int) -> None:
         super().__init__()
         self.heads = heads
+        self.kernel = kernel
         self.dilation = dilation
         self.least = kernel * dilation
         self.qkv = nn.Linear(width, 3 * width)
@@ -75,18 +81,25 @@ class NeighbourhoodAttention(nn.Module):
         nn.init.trunc_normal_(self.bias, std=0.02)
         _begin(self.qkv, self.proj)
 
-    def forward(self, maps: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
+    def forward(self, maps: Float[Tensor, "B h w C"], layout: Layout | None = None) -> Float[Tensor, "B h w C"]:
+        if layout is not None:
+            beyond = self.qkv.bias.unflatten(0, (3, self.heads, -1))[1:]
+            return self.proj(neighbourhood_attention_of_any_size(*self._parts(maps), self.bias, layout, beyond))
         height, width = maps.shape[1:3]
         if min(height, width) < self.least:
             maps = F.pad(maps, (0, 0, 0, max(self.least - width, 0), 0, max(self.least - height, 0)))
-        queries, keys, values = self.qkv(maps).unflatten(-1, (3, self.heads, -1)).unbind(3)
-        given = (queries, keys, values, self.bias, self.dilation)
+        given = (*self._parts(maps), self.bias, self.dilation)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Scores are made anew in the backward pass: they would be many times as large as the map.
             seen = checkpoint(neighbourhood_attention, *given, use_reentrant=False, preserve_rng_state=False)
         else:
             seen = neighbourhood_attention(*given)
         return self.proj(seen[:, :height, :width])
+
+    def _parts(self, maps: Float[Tensor, "B h w C"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, h, w, M, D)."""
+        queries, keys, values = self.qkv(maps).unflatten(-1, (3, self.heads, -1)).unbind(3)
+        return queries, keys, values
 
 
 class Block(nn.Module):
@@ -107,8 +120,8 @@ class Block(nn.Module):
         )
         self.drop_path: nn.Module = load_timm().layers.DropPath(drop_path)
 
-    def forward(self, maps: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
-        maps = _added(maps, self.drop_path(self.attention(self.norm1(maps))), self.scale1)
+    def forward(self, maps: Float[Tensor, "B h w C"], layout: Layout | None = None) -> Float[Tensor, "B h w C"]:
+        maps = _added(maps, self.drop_path(self.attention(self.norm1(maps), layout)), self.scale1)
         return _added(maps, self.drop_path(self.contract(F.gelu(self.expand(self.norm2(maps))))), self.scale2)
 
 
@@ -133,12 +146,21 @@ class Stage(nn.Module):
         super().__init__()
         self.entrance = entrance
         self.blocks = nn.ModuleList(blocks)
+        self.heads, self.kernel = blocks[0].attention.heads, blocks[0].attention.kernel
+        self.dilations = tuple(block.attention.dilation for block in blocks)
 
     def forward(self, maps: Float[Tensor, "B H W c"], checkpointing: bool) -> Float[Tensor, "B h w C"]:
         maps = self.entrance(maps)
-        for block in self.blocks:
-            maps = run(block, maps, checkpointing=checkpointing)
+        layouts = self._layouts(maps)
+        for block, dilation in zip(self.blocks, self.dilations, strict=True):
+            maps = run(block, maps, layouts.get(dilation), checkpointing=checkpointing)
         return maps
+
+    def _layouts(self, maps: Float[Tensor, "B h w C"]) -> Mapping[int, Layout]:
+        """By dilation; none where the size of maps is known, as attention lays out its tiles faster then."""
+        if not any(isinstance(side, torch.SymInt) for side in maps.shape[1:3]):
+            return {}
+        return {each: layout_of_any_size(maps, self.heads, self.kernel, each) for each in set(self.dilations)}
 
 
 class DiNAT(Backbone, Resizable):
