@@ -98,7 +98,7 @@ MODELS: Mapping[str, Model] = {
     "vit_p": Model(kind(Proposer, "oracle"), VIT_P),
     "stem_vit": Model(dense("stem_vit"), GIVEN),
     "deconv_pyramid": Model(dense("deconv_pyramid", backbone=taps("vit", 0, 1, 2, 3)), GIVEN),
-    "dinat": Model(dense("dinat", depths=[1, 1, 1, 1], dilations=[[2], [1], [1], [1]]), GIVEN, any_size=False),
+    "dinat": Model(dense("dinat", depths=[1, 1, 1, 1], dilations=[[2], [1], [1], [1]]), GIVEN),
 }
 """Every kind of the menus of proposers, namers, backbones and trunks is in one of them, or in REFUSED."""
 REFUSED: Mapping[tuple[type, str], tuple[str, str, str]] = {
