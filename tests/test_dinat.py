@@ -183,9 +183,10 @@ def test_a_map_smaller_than_a_window_is_filled_up_and_the_filling_is_seen(size: 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Shapes are symbols where a graph is traced, and checks would ask for their numbers."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.usefixtures("unchecked")
