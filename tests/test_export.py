@@ -22,7 +22,7 @@ from maskfirst.data.shapes import Shapes
 from maskfirst.data.vocabulary import from_names
 from maskfirst.errors import UserError
 from maskfirst.export import export
-from maskfirst.frames import Size, up_to_multiple
+from maskfirst.frames import Size
 from maskfirst.graphs import Facts, GraphError
 from maskfirst.parity import LEAST_IOU, LEAST_MASKS, Parity, Picture, compare
 from maskfirst.recipe import Recipe, import_class
@@ -54,13 +54,11 @@ def dense(name: str, **changes: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Model:
-    """What is exported. `answer`: the task whose answer its graph gives, too. `any_size`: whether its graph takes canvases of
-    any size."""
+    """What is exported. `answer`: the task whose answer its graph gives, too."""
 
     proposer: Mapping[str, Any]
     namer: Mapping[str, Any]
     answer: str | None = None
-    any_size: bool = True
 
 
 GIVEN, HEAD = kind(Namer, "given"), kind(Namer, "class_head")
@@ -161,30 +159,22 @@ def noise(size: Size, truth: bool = False, count: int = 24) -> list[Picture]:
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_exported_and_run(name: str, tmp_path: Path) -> None:
     segmenter, recipe = model(name)
-    answer, any_size, out = MODELS[name].answer, MODELS[name].any_size, tmp_path / "model.onnx"
-    pictures, size = noise(CANVAS, segmenter.uses_truth), None if any_size else CANVAS
-    found = export(segmenter, recipe, out, pictures, "semantic", size=size, answer=answer)
+    answer, out = MODELS[name].answer, tmp_path / "model.onnx"
+    found = export(segmenter, recipe, out, noise(CANVAS, segmenter.uses_truth), "semantic", answer=answer)
     assert not found.parity.faults
     assert found.parity.masks >= LEAST_MASKS
-    assert ("alone" in found.sentence) != any_size
+    assert "alone" not in found.sentence
     assert [file.name for file in found.files] == ["model.onnx", *(["model.points.onnx"] if name == "blend" else [])]
     assert {file.name for file in tmp_path.iterdir()} == {*(file.name for file in found.files), "model.onnx.json"}
     operators = {node.op_type for file in found.files for node in onnx.load(file).graph.node}
     assert "GridSample" not in operators
-    # Other sizes where it takes any, such as windows of 7 divide and such as they do not, and more pictures at once.
+    # Other sizes, such as windows of 7 divide and such as they do not, and more pictures at once than it was traced with.
     masks, points = graphs.networks(segmenter, answer)
     network = masks or points
     assert network is not None
     multiple, runner = segmenter.proposer.multiple, engine.OnnxRun(out)
-    if masks is None:
-        sizes = [(VIT_P["size"][0], VIT_P["size"][1])]
-    else:
-        sizes = (
-            [(2 * multiple, 3 * multiple), (7 * multiple, 7 * multiple)]
-            if any_size
-            else [up_to_multiple(CANVAS, multiple)]
-        )
-    for size in sizes:
+    canvases = [(2 * multiple, 3 * multiple), (7 * multiple, 7 * multiple)]
+    for size in [(VIT_P["size"][0], VIT_P["size"][1])] if masks is None else canvases:
         given = [torch.cat([each, each[:1]]) for each in graphs.example(network, size)]
         with torch.inference_mode():
             right = network(*given)
