@@ -39,7 +39,7 @@ PROGRAM = str(Path(sys.executable).with_name("maskfirst"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 LONGEST = 60
 """Times that the command is given before it is taken for one that never ends."""
-PAUSE = (4.0, 10.0)
+PAUSE = (5.0, 20.0)
 """Seconds between two kills, at least and at most."""
 KINDS = ("worker", "worker", "command", "worker", "worker", "machine")
 """What is killed, in turn."""

@@ -26,6 +26,7 @@ from maskfirst.data.images import ImageError, as_rgb
 from maskfirst.errors import UserError
 from maskfirst.formats import segment_table
 from maskfirst.formats.coco_instances import CocoInstances
+from maskfirst.ranks import met_under_torchrun
 from maskfirst.shards.manifest import Planned
 from maskfirst.shards.on_ray import Actor
 from maskfirst.shards.run import Crew, Summary, job_of, predict_shards
@@ -336,6 +337,16 @@ def test_what_torchrun_has_started_ends_with_it(tmp_path: Path) -> None:
         # The pipe ends when the last who holds it does.
         assert parent.stdout.read() == b""
     assert time.monotonic() - start < 10
+
+
+def test_torchrun_that_is_gone_is_waited_for_by_no_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    told = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="torchrun, or a process that it has started, is gone: .*refused"):
+        met_under_torchrun()
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import logging
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -81,12 +83,29 @@ def total(values: Tensor) -> Tensor:
     return held.to(values.device)
 
 
-def gather(value: Any) -> list[Any]:
-    """The `value` of every process, in the order of their ranks. Returns when all have come here."""
-    values = [value] * (distributed.get_world_size() if distributed.is_initialized() else 1)
+def gather(value: Any, group: distributed.ProcessGroup | None = None) -> list[Any]:
+    """The `value` of every process, in the order of their ranks. Returns when all have come here. `group`: None for all."""
+    values = [value] * (distributed.get_world_size(group) if distributed.is_initialized() else 1)
     if distributed.is_initialized():
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value, group)
     return values
+
+
+def met_under_torchrun() -> distributed.ProcessGroup:
+    """The processes that torchrun has started, once all are here; in this group they wait for each other as long as it takes.
+
+    Raises UserError where torchrun, or a process, is gone.
+    """
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # Or each would wait for what torchrun keeps for all.
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=10).close()
+        distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
+        group = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"torchrun, or a process that it has started, is gone: {error}") from error
+    assert isinstance(group, distributed.ProcessGroup)
+    return group
 
 
 def end_with_parent(every: float = 1.0) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,9 +126,7 @@ def predict_shards(
             summary.kept += 1
     missing = [planned for planned in ours if receipts[planned.number] is None]
     places = {planned.number: planned.part.source for planned in missing}
-    if launched:
-        # They meet when all is done, however long that takes.
-        distributed.init_process_group("gloo", timeout=timedelta(days=365))
+    group = ranks.met_under_torchrun() if launched else None
     done = summary.shards
     try:
         for outcome in _outcomes(job, missing, crew, launched):
@@ -140,7 +137,7 @@ def predict_shards(
             done += 1
             if progress is not None:
                 progress(done, len(ours))
-        return _met(summary)
+        return _met(summary, group)
     finally:
         if launched:
             distributed.destroy_process_group()
@@ -176,10 +173,10 @@ def _outcomes(job: Job, parts: Sequence[Planned], crew: Crew, launched: bool) ->
         yield from map(worker.attempt, parts)
 
 
-def _met(summary: Summary) -> Summary:
+def _met(summary: Summary, group: distributed.ProcessGroup | None) -> Summary:
     """What all processes have done, in each of them."""
     whole = Summary()
-    for each in ranks.gather(summary):
+    for each in ranks.gather(summary, group):
         whole.shards += each.shards
         whole.kept += each.kept
         whole.pictures += each.pictures
