@@ -3,7 +3,8 @@
 Tars of scenes of 90 x 120 px are segmented by `maskfirst predict camvid-small --shards parquet` with two processes, two actors
 of Ray, and two processes of torchrun. Every few seconds SIGKILL ends one that works, the command itself, or the command with
 all that it has begun, as where a machine fails; it is given again until it ends well. Then every picture must be there once,
-with the segments of a run in which nobody died, and no shard that had its receipt may have been made anew. Linux only.
+with the segments of a run in which nobody died, no shard that had its receipt may have been made anew, and no process may have
+outlived its command. Linux only.
 """
 
 import argparse
@@ -39,10 +40,10 @@ PROGRAM = str(Path(sys.executable).with_name("maskfirst"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 LONGEST = 60
 """Times that the command is given before it is taken for one that never ends."""
-PAUSE = (5.0, 20.0)
-"""Seconds between two kills, at least and at most."""
-KINDS = ("worker", "worker", "command", "worker", "worker", "machine")
-"""What is killed, in turn."""
+PAUSE = (0.5, 4.0)
+"""Seconds between the first shard of a run, or the last kill, and a kill, at least and at most."""
+KINDS = ("worker", "command", "worker", "machine", "worker", "start")
+"""What is killed, in turn; `start`: the command, as soon as it has workers, which have done nothing yet."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Story:
 def main() -> None:
     """Reads the command line, measures, prints, writes."""
     parser = options(__doc__, 1)
-    parser.add_argument("--tars", type=int, default=40)
+    parser.add_argument("--tars", type=int, default=60)
     parser.add_argument("--pictures", type=int, default=20, help="in each tar")
     parser.add_argument("--kills", type=int, default=12, help="in each way")
     given = parser.parse_args()
@@ -144,17 +145,23 @@ def attacked(way: Way, tars: Sequence[str], out: Path, given: argparse.Namespace
             process = subprocess.Popen(
                 way.command(tars, out), env=environment(), stdout=log, stderr=log, start_new_session=True
             )
-            while process.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(chance.uniform(*PAUSE))
-                    break
-                if sum(story.killed.values()) < given.kills:
-                    done = {path.stem: shard(out, path.stem) for path in (out / "receipts").glob("[0-9]*.json")}
-                    begun = dict(descendants(process.pid))
-                    seen |= begun
-                    if (kind := kill(way, process, begun, sum(story.killed.values()), chance)) is not None:
-                        kept = done | kept
-                        story.killed[kind] = story.killed.get(kind, 0) + 1
+            before = receipts(out)
+            while process.poll() is None and (number := sum(story.killed.values())) < given.kills:
+                begun = dict(descendants(process.pid))
+                seen |= begun
+                ready = any(way.worker in command for command in begun.values())
+                kind = KINDS[number % len(KINDS)]
+                if not ready or (kind != "start" and not receipts(out) - before):
+                    time.sleep(0.2)
+                    continue
+                if kind != "start":
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(chance.uniform(*PAUSE))
+                        break
+                kept = {name: shard(out, name) for name in receipts(out)} | kept
+                if kill(way, process, kind, chance):
+                    story.killed[kind] = story.killed.get(kind, 0) + 1
+            process.wait()
             log.seek(0)
             ended = log.read().decode(errors="replace")
         if process.returncode == 0:
@@ -173,26 +180,22 @@ def shard(out: Path, name: str) -> int:
     return (out / "shards" / f"{name}.parquet").stat().st_mtime_ns
 
 
-def kill(
-    way: Way, process: subprocess.Popen[bytes], begun: Mapping[int, str], number: int, chance: random.Random
-) -> str | None:
-    """Ends by SIGKILL what is next in turn; says what it was, None where nobody works yet.
+def receipts(out: Path) -> set[str]:
+    """The names of the shards that are done."""
+    return {path.stem for path in (out / "receipts").glob("[0-9]*.json")}
 
-    `begun`: whatever the process has begun, with its command lines.
-    """
+
+def kill(way: Way, process: subprocess.Popen[bytes], kind: str, chance: random.Random) -> bool:
+    """Ends something by SIGKILL; says whether there was anything of that kind."""
+    begun = dict(descendants(process.pid))
     workers = [one for one, command in begun.items() if way.worker in command]
     if not workers:
-        return None
-    kind = KINDS[number % len(KINDS)]
-    chosen = {
-        "worker": [chance.choice(workers)],
-        "command": [process.pid],
-        "machine": [process.pid, *begun],
-    }[kind]
+        return False
+    chosen = {"worker": [chance.choice(workers)], "machine": [process.pid, *begun]}.get(kind, [process.pid])
     for one in chosen:
         with suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
-    return kind
+    return True
 
 
 def descendants(process: int) -> Iterator[tuple[int, str]]:

@@ -345,7 +345,7 @@ def test_torchrun_that_is_gone_is_waited_for_by_no_one(monkeypatch: pytest.Monke
     told = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="torchrun, or a process that it has started, is gone: .*refused"):
+    with pytest.raises(UserError, match=r"torchrun, or a process that it has started, is gone: .*refused"):
         met_under_torchrun()
 
 

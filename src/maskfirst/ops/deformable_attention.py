@@ -51,10 +51,13 @@ def deformable_attention_by_gather(
     places: Float[Tensor, "B Q M L P 2"],
     weights: Float[Tensor, "B Q M L P"],
 ) -> Float[Tensor, "B Q _W"]:
-    """The same numbers by operators that every exporter knows. It has all samples in memory at once."""
-    rows, shares = _neighbours(sizes, places, weights)
-    samples = F.embedding(rows, _table(value, sizes))
-    return (samples * shares[..., None]).sum(3).flatten(2)
+    """The same numbers by operators that every exporter knows. It has all samples in memory at once.
+
+    The four tokens around a sample are one row of its table: runtimes copy few long rows twice as fast as many short ones.
+    """
+    rows, shares = _around(sizes, places, weights, sum(_lengths(sizes)))
+    samples = F.embedding(rows, _fourfold(value, sizes)).unflatten(4, (4, -1)).flatten(3, 4)
+    return (torch.stack(shares, 4).flatten(3)[..., None, :] @ samples).flatten(2)
 
 
 def to_places(locations: Float[Tensor, "*N L P 2"], sizes: Sequence[Size]) -> Float[Tensor, "*N L P 2"]:
@@ -129,13 +132,42 @@ def _lengths(sizes: Sequence[Size]) -> list[int]:
 
 def _table(value: Tensor, sizes: Sequence[Size]) -> Float[Tensor, "T D"]:
     """The tokens of all pictures and heads, every map in a frame of zeros, so that no neighbour needs to be asked for."""
+    return _framed(value, sizes).view(-1, value.shape[-1])
+
+
+def _fourfold(value: Float[Tensor, "B N M D"], sizes: Sequence[Size]) -> Float[Tensor, "T F"]:
+    """For each row of the table, but for the last two of a picture: it, that on its right, and those below both, F = 4 D."""
+    lengths, strides = _lengths(sizes), _strides(sizes)
+    framed = F.pad(_framed(value, sizes), (0, 0, 0, sum(strides)))
+    maps = []
+    for level, (length, stride) in enumerate(zip(lengths, strides, strict=True)):
+        four = [framed.narrow(1, sum(lengths[:level]) + step, length) for step in (0, 1, stride, stride + 1)]
+        maps.append(torch.stack([each.unflatten(2, value.shape[2:]) for each in four], 3))
+    return torch.cat(maps, 1).flatten(3).flatten(0, 2)
+
+
+def _framed(value: Tensor, sizes: Sequence[Size]) -> Float[Tensor, "B R W"]:
+    """The rows of the table of each picture, those of its heads side by side."""
     maps = value.flatten(2).split([height * width for height, width in sizes], 1)
     framed = [F.pad(tokens.unflatten(1, size), (0, 0, 0, 1, 1, 2)) for tokens, size in zip(maps, sizes, strict=True)]
     zero = value.new_zeros(value.shape[0], 1, framed[0].shape[-1])
-    return torch.cat([zero, *(tokens.flatten(1, 2) for tokens in framed), zero], 1).view(-1, value.shape[-1])
+    return torch.cat([zero, *(tokens.flatten(1, 2) for tokens in framed), zero], 1)
 
 
 def _neighbours(sizes: Sequence[Size], places: Tensor, weights: Tensor) -> _Neighbours:
+    heads, levels, points = weights.shape[2:]
+    first, shares = _around(sizes, places, weights, sum(_lengths(sizes)) + 2)
+    down = numbers(_strides(sizes), torch.int32, places.device).repeat_interleave(points)
+    steps = heads * torch.stack([torch.zeros_like(down), torch.ones_like(down), down, down + 1])
+    rows = first.unflatten(3, (1, levels * points)) + steps
+    return _Neighbours(rows.flatten(3), torch.cat(shares, 3))
+
+
+def _around(
+    sizes: Sequence[Size], places: Tensor, weights: Tensor, rows: int
+) -> tuple[Int32[Tensor, "B Q M _S"], tuple[Float[Tensor, "B Q M _S"], ...]]:
+    """Of every sample the row of the token above and left of it, a picture having so many `rows`, and the shares of this token,
+    that on its right, and those below both."""
     batch, _, heads, levels, points, _ = places.shape
 
     # Constants of maps are spread over heads and points, so that all that follows runs along long rows.
@@ -151,18 +183,13 @@ def _neighbours(sizes: Sequence[Size], places: Tensor, weights: Tensor) -> _Neig
     lengths, strides = _lengths(sizes), _strides(sizes)
     starts = [1 + sum(lengths[:level]) + strides[level] for level in range(levels)]
     table = numbers(starts, torch.int32, places.device)[:, None]
-    table = (
-        table + (sum(lengths) + 2) * torch.arange(batch, dtype=torch.int32, device=places.device)[:, None, None, None]
-    )
+    table = table + rows * torch.arange(batch, dtype=torch.int32, device=places.device)[:, None, None, None]
     table = table * heads + torch.arange(heads, dtype=torch.int32, device=places.device)[:, None, None]
     # What is not a number shows in the shares; as a row it would lie anywhere in memory.
     first = torch.addcmul(left, top, each(strides)).nan_to_num().int()
     first = torch.add(table.expand(-1, -1, -1, points).reshape(batch, 1, -1), first, alpha=heads)
-    down = numbers(strides, torch.int32, places.device).repeat_interleave(points)
-    steps = heads * torch.stack([torch.zeros_like(down), torch.ones_like(down), down, down + 1])
-    rows = first.unflatten(2, (heads, 1, levels * points)) + steps
     lower = weights.flatten(2) * y
     upper = weights.flatten(2) - lower
     lower_right, upper_right = lower * x, upper * x
     shares = (upper - upper_right, upper_right, lower - lower_right, lower_right)
-    return _Neighbours(rows.flatten(3), torch.cat([share.unflatten(2, (heads, -1)) for share in shares], 3))
+    return first.unflatten(2, (heads, -1)), tuple(share.unflatten(2, (heads, -1)) for share in shares)
