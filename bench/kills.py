@@ -211,7 +211,7 @@ def descendants(process: int) -> Iterator[tuple[int, str]]:
 def left(seen: Mapping[int, str], seconds: float = 60) -> list[str]:
     """Command lines of the processes that are still there after so many seconds."""
     end = time.monotonic() + seconds
-    while found := [command for one, command in seen.items() if said(one) == command]:
+    while found := [command for one, command in seen.items() if command and said(one) == command]:
         if time.monotonic() > end:
             break
         time.sleep(0.5)
