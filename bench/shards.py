@@ -1,8 +1,9 @@
 """Many pictures beside the bare model: `python -m bench.shards`, saved with the hardware.
 
 Scenes of 180 x 240 px, as JPEGs in a folder and in tars, are segmented by `maskfirst predict camvid-small` to label maps, and
-to Parquet shards by one process and two, and by one actor of Ray and two. Told are pictures a second, of all that a command
-takes, as a share of what the bare model does in a loop of one thread around it. Needs two idle cores for figures that compare.
+half of them to Parquet shards by one process and two, and by one actor of Ray and two. Told are pictures a second, of all that
+a command takes, as a share of what the bare model does with the same scenes in a loop of one thread around it. Needs two idle
+cores for figures that compare.
 """
 
 import io
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,20 @@ def main() -> None:
     model = build.load(MODEL)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        image = write(place, given.pictures)
+        images = write(place, given.pictures)
+        tars = sorted(map(str, place.glob("*.tar")))[: TARS // 2]
         told: dict[str, Any] = {}
         for name, more in WAYS.items():
             shares, rates = [], []
+            source, count = (
+                (tars, given.pictures // 2) if SHARDED[0] in more else ([str(place / "pictures")], given.pictures)
+            )
             for number in range(given.repeats):
-                before = bare(model, image)
-                source = sorted(map(str, place.glob("*.tar"))) if SHARDED[0] in more else [str(place / "pictures")]
-                rates.append(
-                    given.pictures / seconds([MODEL, *source, "--out", str(place / f"{name} {number}"), *more])
-                )
-                shares.append(2 * rates[-1] / (before + bare(model, image)))
+                before = bare(model, images)
+                rates.append(count / seconds([MODEL, *source, "--out", str(place / f"{name} {number}"), *more]))
+                shares.append(2 * rates[-1] / (before + bare(model, images)))
             told[name] = {
+                "pictures": count,
                 "share": round(statistics.median(shares), 3),
                 "pictures_per_second": round(statistics.median(rates), 2),
             }
@@ -66,12 +70,12 @@ def main() -> None:
     ]
     print(*checks, sep="\n")
     if given.out:
-        content = {"model": MODEL, "size": SIZE, "pictures": given.pictures, "ways": told}
+        content = {"model": MODEL, "size": SIZE, "ways": told}
         write_json(given.out, {"hardware": hardware(), **content, "checks": [each.as_json() for each in checks]})
 
 
-def write(place: Path, count: int) -> Any:
-    """The pictures in a folder and in tars; returns one of them."""
+def write(place: Path, count: int) -> list[Any]:
+    """The pictures in a folder and in tars, all of which have as many; returns those that they are."""
     (place / "pictures").mkdir()
     scenes = Shapes("val", 16, SIZE)
     encoded = []
@@ -87,7 +91,7 @@ def write(place: Path, count: int) -> Any:
                 member = tarfile.TarInfo(f"{index:06d}.jpg")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    return scenes[0].image
+    return [scenes[index].image for index in range(len(scenes))]
 
 
 def seconds(arguments: list[str]) -> float:
@@ -102,12 +106,13 @@ def seconds(arguments: list[str]) -> float:
     return took
 
 
-def bare(model: Any, image: Any, least: float = 5) -> float:
-    """Pictures a second of the model in a loop."""
+def bare(model: Any, images: Sequence[Any], least: float = 5) -> float:
+    """Pictures a second of the model in a loop over all."""
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < least:
-        model.segment(image)
-        count += 1
+        for image in images:
+            model.segment(image)
+        count += len(images)
     return count / (time.perf_counter() - start)
 
 
