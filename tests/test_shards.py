@@ -11,13 +11,14 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bench import kills
 from PIL import Image
 
 from maskfirst import cli, weights
@@ -337,6 +338,18 @@ def test_what_torchrun_has_started_ends_with_it(tmp_path: Path) -> None:
         # The pipe ends when the last who holds it does.
         assert parent.stdout.read() == b""
     assert time.monotonic() - start < 10
+
+
+def test_what_the_long_test_would_find(model: str, tars: list[str], tmp_path: Path) -> None:
+    made(model, tmp_path / "out", tars[1:3])
+    right = kills.rows(tmp_path / "out")
+    assert [row.key for row in right] == ["1-a", "1-b", "2-a", "2-b"]
+    assert kills.differences(right, right) == []
+    twice, missing = [*right, right[0]], right[1:]
+    assert kills.differences(twice, right) == ["1-a is there 2 times"]
+    assert kills.differences(missing, right) == ["1-a is there 0 times"]
+    other = [replace(right[0], found=right[2].found), *right[1:-1], replace(right[3], found=ImageError("broken"))]
+    assert kills.differences(other, right) == ["1-a has other segments", "2-b: broken"]
 
 
 def test_torchrun_that_is_gone_is_waited_for_by_no_one(monkeypatch: pytest.MonkeyPatch) -> None:
