@@ -30,7 +30,7 @@ SIZES = ((90, 120), (180, 240), (120, 90), (240, 320))
 def main() -> None:
     """Reads the command line, measures, prints, writes."""
     parser = options(__doc__, 1)
-    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=240)
     given = parser.parse_args()
     settle(given)
     with tempfile.TemporaryDirectory() as place, served(given.threads) as (port, process):
