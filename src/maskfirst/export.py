@@ -274,7 +274,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_onnx(out: Path) -> None:
-    missing = [name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise GraphError(f"{out}: needs {', '.join(missing)}; {INSTALL}")
 
