@@ -7,7 +7,6 @@ with the segments of a run in which nobody died, no shard that had its receipt m
 outlived its command. Linux only.
 """
 
-import argparse
 import io
 import os
 import random
@@ -99,7 +98,7 @@ def main() -> None:
         print(f"nobody killed, 2 processes: {len(right)} pictures in {calm} s", flush=True)
         for number, (name, way) in enumerate(WAYS.items()):
             out = place / str(number)
-            story = attacked(way, tars, out, given)
+            story = attacked(way, tars, out, given.kills)
             story.faults += differences(rows(out), right)
             told[name] = asdict(story)
             checks += [
@@ -133,8 +132,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def attacked(way: Way, tars: Sequence[str], out: Path, given: argparse.Namespace) -> Story:
-    """Gives the command until it ends well, and kills what does the work meanwhile."""
+def attacked(way: Way, tars: Sequence[str], out: Path, kills: int) -> Story:
+    """Gives the command until it ends well, and kills what does the work meanwhile, so many times."""
     story, chance = Story(), random.Random(0)
     kept: dict[str, int] = {}
     seen: dict[int, str] = {}
@@ -146,7 +145,7 @@ def attacked(way: Way, tars: Sequence[str], out: Path, given: argparse.Namespace
                 way.command(tars, out), env=environment(), stdout=log, stderr=log, start_new_session=True
             )
             before = receipts(out)
-            while process.poll() is None and (number := sum(story.killed.values())) < given.kills:
+            while process.poll() is None and (number := sum(story.killed.values())) < kills:
                 begun = dict(descendants(process.pid))
                 seen |= begun
                 ready = any(way.worker in command for command in begun.values())

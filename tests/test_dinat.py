@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import onnxruntime
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from fixtures_dir import FIXTURES
+from maskfirst import export
 from maskfirst.backbones.dinat import DESIGNS, Block, DiNAT, Halving, NeighbourhoodAttention, Stage
 from maskfirst.ops import neighbourhood_attention as module
 from maskfirst.ops.neighbourhood_attention import (
@@ -183,10 +183,8 @@ def test_a_map_smaller_than_a_window_is_filled_up_and_the_filling_is_seen(size: 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Shapes are symbols where a graph is traced, and checks would ask for their numbers."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    with export._unchecked():
+        yield
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -314,7 +314,7 @@ def write_onnx(path: Path, program: ExportedProgram, network: Network, card: Car
                 optimize=False,
             )
             assert made is not None
-            # Two nodes of three tell sizes once more, and optimizing takes five times as long with them.
+            # Half of the nodes tell sizes once more, and optimizing takes five times as long with them.
             CommonSubexpressionEliminationPass()(made.model)
             made.optimize()
         # It wraps whatever an operator's translation raises in types that are not public.

@@ -20,7 +20,7 @@ from maskfirst.shards.worker import TRIES, Job, Outcome, Worker
 LOCAL = "local"
 """In place of an address: a cluster of this machine, which ends with this process."""
 PATIENCE = 10.0
-"""Seconds that an address may take to answer. Ray itself waits a quarter of an hour for one that does not."""
+"""Seconds that an address may take to answer. Ray itself waits for more than ten minutes."""
 
 
 class Actor:

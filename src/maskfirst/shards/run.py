@@ -107,10 +107,10 @@ def predict_shards(
     Raises UserError for what stands in the way of all.
     """
     launched = distributed.is_torchelastic_launched()
-    if launched:
-        ranks.end_with_parent()
     if launched and (crew.processes is not None or crew.ray is not None):
         raise UserError("torchrun has started the processes; leave --processes and --ray out")
+    if launched:
+        ranks.end_with_parent()
     parts, failed = _parts(sources, job)
     manifest = Manifest.plan(Path(job.out), job.made, parts)
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
